@@ -1,0 +1,1 @@
+"""One schema for everything that can be set: flags, YAML keys, environment variables and documentation."""

@@ -1,0 +1,88 @@
+"""Every environment variable that the core itself reads or sets, in one place.
+
+Variables of plugins' settings are derived from their configuration dataclasses (`config/schema.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """An environment variable and what it does."""
+
+    name: str
+    help: str
+
+
+BACKEND = "TORCHPORT_BACKEND"
+STRATEGY = "TORCHPORT_STRATEGY"
+PRECISION = "TORCHPORT_PRECISION"
+COLLECTIVES = "TORCHPORT_COLLECTIVES"
+LAUNCHER = "TORCHPORT_LAUNCHER"
+TRACKERS = "TORCHPORT_TRACKERS"
+QUANTIZER = "TORCHPORT_QUANTIZER"
+PLUGINS = "TORCHPORT_PLUGINS"
+DISABLE_PLUGINS = "TORCHPORT_DISABLE_PLUGINS"
+ACCUMULATION_STEPS = "TORCHPORT_GRADIENT_ACCUMULATION_STEPS"
+CONFIG_FILE = "TORCHPORT_CONFIG_FILE"
+DEBUG = "TORCHPORT_DEBUG"
+TIMEOUT = "TORCHPORT_TIMEOUT"
+BIND_CPU = "TORCHPORT_BIND_CPU"
+ORIGINS = "TORCHPORT_ORIGINS"
+RANK = "RANK"
+WORLD_SIZE = "WORLD_SIZE"
+LOCAL_RANK = "LOCAL_RANK"
+LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
+NODE_RANK = "GROUP_RANK"
+MASTER_ADDR = "MASTER_ADDR"
+MASTER_PORT = "MASTER_PORT"
+
+VARIABLES = (
+    Variable(BACKEND, "Name of the backend: which kind of device to work on."),
+    Variable(STRATEGY, "Name of the strategy: how the model is laid out over processes."),
+    Variable(PRECISION, "Name of the precision: `no`, `fp16`, `bf16`, or one that a plugin brings."),
+    Variable(COLLECTIVES, "Name of the collectives: how processes exchange tensors."),
+    Variable(LAUNCHER, "Name of the launcher that `torchport launch` uses."),
+    Variable(TRACKERS, "Names of trackers, separated by commas."),
+    Variable(QUANTIZER, "Name of the quantizer."),
+    Variable(PLUGINS, "Allow-list of plugins, separated by commas; set but empty: the core's own only."),
+    Variable(DISABLE_PLUGINS, "Deny-list of plugins, separated by commas; they are not imported."),
+    Variable(ACCUMULATION_STEPS, "Micro-batches per optimizer step, where the script does not say."),
+    Variable(CONFIG_FILE, "YAML file that `torchport launch` and `torchport plan` read, unless one is given."),
+    Variable(DEBUG, "`1`: check shapes and dtypes across processes before every collective operation."),
+    Variable(TIMEOUT, "Seconds that a collective operation waits for other processes (default 1800)."),
+    Variable(BIND_CPU, "`1`: bind each process to its own share of the processor cores."),
+    Variable(ORIGINS, "Set by `torchport launch`: which flag or file each variable came from."),
+    Variable(RANK, "Index of the process among all; set by the launcher."),
+    Variable(WORLD_SIZE, "Number of processes; set by the launcher."),
+    Variable(LOCAL_RANK, "Index of the process on its machine; set by the launcher."),
+    Variable(LOCAL_WORLD_SIZE, "Number of processes on this machine; set by the launcher."),
+    Variable(NODE_RANK, "Index of the machine; set by the launcher."),
+    Variable(MASTER_ADDR, "Address of the machine of rank 0; set by the launcher."),
+    Variable(MASTER_PORT, "TCP port there; set by the launcher."),
+)
+
+
+def flag(environ: Mapping[str, str], name: str) -> bool:
+    """Whether the variable is set to something that means yes."""
+    return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def names(environ: Mapping[str, str], name: str) -> tuple[str, ...] | None:
+    """Split a comma-separated variable; `None` if it is not set at all."""
+    value = environ.get(name)
+    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def origins(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return where the launcher took each variable from, by variable name."""
+    pairs = (pair.partition("=") for pair in environ.get(ORIGINS, "").split(";") if "=" in pair)
+    return {variable: origin for variable, _, origin in pairs}
+
+
+def format_origins(values: Mapping[str, str]) -> str:
+    """Write what `origins` reads."""
+    return ";".join(f"{variable}={origin.replace(';', ',')}" for variable, origin in sorted(values.items()))

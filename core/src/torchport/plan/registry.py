@@ -1,0 +1,223 @@
+"""What is installed: specs by kind and name, the plugins that brought them, and the plugins that failed."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchport.errors import (
+    DeniedError,
+    DuplicateNameError,
+    PluginError,
+    SelectionError,
+    UnavailableError,
+    UnknownPluginError,
+)
+from torchport.plugin.specs import KINDS, BackendSpec, Capabilities, Probe, Spec
+
+CORE = "torchport-core"
+"""Distribution name of the core, whose own plugins are always registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A registered plugin: its entry-point name and the distribution it came in."""
+
+    name: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class PluginFailure:
+    """A plugin that could not be registered, and why."""
+
+    plugin: Plugin
+    reason: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A spec and the plugin that brought it."""
+
+    spec: Spec
+    plugin: Plugin
+
+
+def load_reference(reference: str) -> Any:
+    """Import what `"module:Name"` refers to."""
+    module, _, name = reference.partition(":")
+    value: Any = importlib.import_module(module)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@dataclass(slots=True)
+class Installed:
+    """Everything that discovery found.
+
+    Attributes:
+        entries: Specs by kind and name; aliases are resolved by `find`.
+        plugins: The plugins that are registered.
+        failures: The plugins that are not, and why.
+        denied: Names of installed plugins that an allow-list or deny-list keeps out, with the reason.
+        clashes: For each (kind, name) that several plugins offer, those plugins. None of them is used.
+        warnings: What an operator should hear once.
+    """
+
+    entries: dict[str, dict[str, Entry]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    plugins: list[Plugin] = field(default_factory=list)
+    failures: list[PluginFailure] = field(default_factory=list)
+    denied: dict[str, str] = field(default_factory=dict)
+    clashes: dict[tuple[str, str], tuple[Plugin, ...]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    observers: list[Callable[[Any], None]] = field(default_factory=list)
+    findings: list[Callable[[], Iterable[Any]]] = field(default_factory=list)
+    _probes: dict[tuple[str, str], Probe] = field(default_factory=dict)
+    _capabilities: dict[str, Capabilities] = field(default_factory=dict)
+
+    def specs(self, kind: str) -> tuple[Any, ...]:
+        """Return all specs of a kind, in order of name."""
+        return tuple(entry.spec for _, entry in sorted(self.entries[kind].items()))
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Add the specs of one plugin, taking out the names that another plugin offers too."""
+        for entry in entries:
+            kind, table = entry.spec.kind, self.entries[entry.spec.kind]
+            for name in (entry.spec.name, *entry.spec.aliases):
+                other = table.get(name) or next((e for e in table.values() if name in e.spec.aliases), None)
+                clash = self.clashes.get((kind, name), ())
+                if other is not None or clash:
+                    clash = clash or (other.plugin,) if other is not None else clash
+                    self.clashes[kind, name] = (*clash, entry.plugin)
+                    if other is not None and other.plugin.distribution != CORE:
+                        table.pop(other.spec.name, None)
+                    break
+            else:
+                table[entry.spec.name] = entry
+
+    def find(self, kind: str, name: str, wanted_by: str) -> Entry:
+        """Return the entry of this name or alias.
+
+        Raises:
+            DuplicateNameError: if several distributions offer it.
+            DeniedError: if a plugin of that name is kept out by a list.
+            PluginError: if a plugin of that name is installed but failed to register.
+            UnknownPluginError: otherwise; with the nearest name and the package to install.
+        """
+        wanted = f"{wanted_by} asks for the {kind} {name!r}"
+        table = self.entries[kind]
+        clash = self.clashes.get((kind, name))
+        if clash and (name not in table or table[name].plugin.distribution != CORE):
+            raise DuplicateNameError(
+                f"{wanted}, which several installed plugins offer",
+                found=" and ".join(map(str, clash)),
+                reason="which of them would run must not depend on the order of installation",
+                hint=f"uninstall one, or switch it off: TORCHPORT_DISABLE_PLUGINS={clash[-1].name}",
+            )
+        for entry in table.values():
+            if name == entry.spec.name or name in entry.spec.aliases:
+                return entry
+        raise self._not_found(kind, name, wanted)
+
+    def _not_found(self, kind: str, name: str, wanted: str) -> SelectionError | PluginError:
+        """Say why there is no such entry: kept out, broken, or not installed."""
+        plain = name.replace("-", "_")
+        for denied, reason in self.denied.items():
+            if denied.replace("-", "_") == plain:
+                return DeniedError(f"{wanted}, which is switched off", reason=reason)
+        for failure in self.failures:
+            if failure.plugin.name.replace("-", "_") == plain:
+                return PluginError(
+                    f"{wanted}, whose plugin could not be registered",
+                    found=str(failure.plugin),
+                    reason=failure.reason,
+                    hint="torchport doctor",
+                )
+        known = [n for entry in self.entries[kind].values() for n in (entry.spec.name, *entry.spec.aliases)]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        install = f"pip install torchport-{name.replace('_', '-')}"
+        broken = ", ".join(failure.plugin.name for failure in self.failures)
+        off = ", ".join(sorted(self.denied))
+        return UnknownPluginError(
+            f"{wanted}, but no installed plugin offers it",
+            found=", ".join(sorted(self.entries[kind])) or "none",
+            reason="; ".join(
+                [f"could not be registered: {broken} (see torchport doctor)"] * bool(broken)
+                + [f"switched off: {off}"] * bool(off)
+            ),
+            hint=f"did you mean {near[0]!r}? Otherwise: {install}" if near else install,
+        )
+
+    def probe(self, spec: Any) -> Probe:
+        """Check a spec's runtime requirements, then call its probe; the answer is kept."""
+        key = (spec.kind, spec.name)
+        if key not in self._probes:
+            self._probes[key] = _probe(spec)
+        return self._probes[key]
+
+    def capabilities(self, spec: BackendSpec) -> Capabilities:
+        """Build the backend to ask what its device can do; the answer is kept."""
+        if spec.name not in self._capabilities:
+            try:
+                backend = load_reference(spec.factory)(spec)
+                self._capabilities[spec.name] = backend.capabilities()
+            except Exception as error:
+                raise UnavailableError(
+                    f"backend {spec.name!r} cannot be built",
+                    found=f"factory {spec.factory}",
+                    reason=f"{type(error).__name__}: {error}",
+                    hint="torchport doctor",
+                ) from error
+        return self._capabilities[spec.name]
+
+
+def missing_runtime(requirements: Iterable[str]) -> str:
+    """Name the requirements that installed metadata does not meet, in words; empty if all are met."""
+    from packaging.requirements import Requirement
+
+    problems = []
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"needs {text}, which is not installed: pip install '{text}'")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"needs {text}, found {requirement.name} {version}: pip install --upgrade '{text}'")
+    return "; ".join(problems)
+
+
+def _probe(spec: Any) -> Probe:
+    reason = missing_runtime(spec.runtime) if spec.runtime else ""
+    if reason:
+        return Probe(available=False, reason=reason)
+    reference: str = getattr(spec, "probe", "")
+    if not reference:
+        return Probe(available=True)
+    try:
+        answer = load_reference(reference)()
+    except Exception as error:
+        return Probe(available=False, reason=f"its probe {reference} raised {type(error).__name__}: {error}")
+    if not isinstance(answer, Probe):
+        return Probe(available=False, reason=f"its probe {reference} returned {answer!r} instead of a Probe")
+    if not answer.available and not answer.reason:
+        return Probe(available=False, reason=f"its probe {reference} gave no reason")
+    return answer
+
+
+def summarize(mapping: Mapping[str, str]) -> str:
+    """Join facts for one line of text."""
+    return ", ".join(f"{key} {value}" for key, value in mapping.items())

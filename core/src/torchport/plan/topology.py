@@ -1,0 +1,32 @@
+"""Where this process stands in its job, as the installed launchers read it from the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torchport.errors import LaunchError
+from torchport.plan.registry import Installed, load_reference
+from torchport.plugin.specs import Topology
+
+
+def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topology:
+    """Ask the installed launchers, the most specific last, and take the first answer.
+
+    Launchers with a priority above 0 are asked first: `torchrun` and `local` set complete variables, also when
+    they run inside an allocation of a cluster's scheduler.
+
+    Raises:
+        LaunchError: if a launcher's variables contradict themselves.
+    """
+    for spec in sorted(installed.specs("launcher"), key=lambda spec: (-spec.priority, spec.name)):
+        try:
+            topology: Topology | None = load_reference(spec.factory)(spec).detect(environ)
+        except ValueError as error:
+            raise LaunchError(
+                f"the variables of launcher {spec.name!r} do not describe a place in a job",
+                reason=str(error),
+                hint="unset them, or start the script with `torchport launch`",
+            ) from error
+        if topology is not None:
+            return topology
+    return Topology()

@@ -1,0 +1,104 @@
+"""The seam: everything that the author of a plugin imports.
+
+```python
+from torchport.plugin import BackendSpec, hookimpl        # light: imports neither torch nor a plugin
+from torchport.plugin import Backend, Capabilities, Probe  # interfaces; `Backend` imports torch
+```
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torchport.config.schema import setting
+from torchport.plugin.hookspecs import PROJECT, hookimpl
+from torchport.plugin.specs import (
+    HOOK_API,
+    KINDS,
+    BackendSpec,
+    Capabilities,
+    CollectivesSpec,
+    CommandSpec,
+    Finding,
+    Kind,
+    LauncherSpec,
+    PrecisionSpec,
+    Probe,
+    QuantizerSpec,
+    Requirements,
+    Spec,
+    StrategySpec,
+    Topology,
+    TrackerSpec,
+)
+
+if TYPE_CHECKING:
+    from torchport.plugin.backend import Backend
+    from torchport.plugin.collectives import Collectives
+    from torchport.plugin.context import RunContext
+    from torchport.plugin.launcher import Job, Launcher
+    from torchport.plugin.precision import Precision, PrecisionBinding
+    from torchport.plugin.quantizer import Quantizer
+    from torchport.plugin.strategy import Prepared, PrepareRequest, Strategy
+    from torchport.plugin.tracker import Tracker
+
+_INTERFACES = {
+    "Backend": "backend",
+    "Collectives": "collectives",
+    "Job": "launcher",
+    "Launcher": "launcher",
+    "Precision": "precision",
+    "PrecisionBinding": "precision",
+    "PrepareRequest": "strategy",
+    "Prepared": "strategy",
+    "Quantizer": "quantizer",
+    "RunContext": "context",
+    "Strategy": "strategy",
+    "Tracker": "tracker",
+}
+
+__all__ = [
+    "HOOK_API",
+    "KINDS",
+    "PROJECT",
+    "Backend",
+    "BackendSpec",
+    "Capabilities",
+    "Collectives",
+    "CollectivesSpec",
+    "CommandSpec",
+    "Finding",
+    "Job",
+    "Kind",
+    "Launcher",
+    "LauncherSpec",
+    "Precision",
+    "PrecisionBinding",
+    "PrecisionSpec",
+    "PrepareRequest",
+    "Prepared",
+    "Probe",
+    "Quantizer",
+    "QuantizerSpec",
+    "Requirements",
+    "RunContext",
+    "Spec",
+    "Strategy",
+    "StrategySpec",
+    "Topology",
+    "Tracker",
+    "TrackerSpec",
+    "hookimpl",
+    "setting",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import an interface when it is asked for: those that handle tensors import torch."""
+    module = _INTERFACES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value

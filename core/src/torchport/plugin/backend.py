@@ -1,0 +1,158 @@
+"""The interface to a kind of device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from torchport.errors import UnsupportedOperationError
+from torchport.plugin.specs import BackendSpec, Capabilities, Topology
+
+
+class Backend(ABC):
+    """A kind of device: two methods to write, defaults for the rest.
+
+    The defaults go through `torch.get_device_module(device_type)`, the module that a vendor registers with
+    PyTorch, and through `torch.autocast` and `torch.amp`. Override what the device does differently.
+
+    Args:
+        spec: The descriptor that named this factory.
+        config: An instance of the spec's `config` dataclass, or `None`.
+    """
+
+    def __init__(self, spec: BackendSpec, config: Any = None) -> None:
+        self.spec = spec
+        self.config = config
+
+    # --- to be written -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """Return the device that the process of this local rank works on, and make it the current one."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """Declare what the device can do."""
+
+    # --- devices -----------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> ModuleType:
+        """The vendor's device module, as registered with PyTorch (`torch.<device_type>`)."""
+        return torch.get_device_module(self.spec.device_type)
+
+    def count(self) -> int:
+        """Return the number of devices that this process can see."""
+        return int(self.module.device_count())
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait until all work queued on `device` is done."""
+        self.module.synchronize(device)
+
+    # --- memory (bytes) ----------------------------------------------------------------------------------
+
+    def memory_info(self, device: torch.device) -> tuple[int, int]:
+        """Return the free and total memory of `device`, in bytes."""
+        free, total = self._memory("mem_get_info")(device)
+        return int(free), int(total)
+
+    def memory_allocated(self, device: torch.device) -> int:
+        """Return the bytes that tensors of this process occupy on `device` now."""
+        return int(self._memory("memory_allocated")(device))
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        """Return the most bytes that tensors of this process have occupied since the last reset."""
+        return int(self._memory("max_memory_allocated")(device))
+
+    def reset_peak_memory(self, device: torch.device) -> None:
+        """Start measuring `max_memory_allocated` anew."""
+        self._memory("reset_peak_memory_stats")(device)
+
+    def empty_cache(self) -> None:
+        """Return cached, unused memory to the device."""
+        release = getattr(self.module, "empty_cache", None)
+        if release is not None:
+            release()
+
+    def _memory(self, function: str) -> Any:
+        found = getattr(self.module, function, None) or getattr(torch.accelerator, function, None)
+        if found is None:
+            raise UnsupportedOperationError(
+                f"backend {self.spec.name!r} does not report its memory",
+                reason=f"torch.{self.spec.device_type} has no {function}",
+            )
+        return found
+
+    # --- random numbers ----------------------------------------------------------------------------------
+
+    def rng_state(self, device: torch.device) -> torch.Tensor:
+        """Return the state of the device's default generator: a one-dimensional uint8 tensor on the host."""
+        state: torch.Tensor = self.module.get_rng_state(device)
+        return state
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        """Restore what `rng_state` returned."""
+        self.module.set_rng_state(state, device)
+
+    def seed(self, seed: int) -> None:
+        """Seed the default generators of all devices of this kind."""
+        self.module.manual_seed_all(seed)
+
+    # --- streams and copies ------------------------------------------------------------------------------
+
+    def stream(self, device: torch.device) -> Any:
+        """Return a new stream for copies beside computation, or `None` where the device has no streams."""
+        return self.module.Stream(device) if self.capabilities().streams else None
+
+    def use_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """Queue the work of a `with` block on `stream`."""
+        context: AbstractContextManager[Any] = nullcontext() if stream is None else self.module.stream(stream)
+        return context
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return `tensor` in page-locked host memory where that makes its copy to the device asynchronous."""
+        return tensor.pin_memory() if self.capabilities().pinned_memory else tensor
+
+    # --- number formats ----------------------------------------------------------------------------------
+
+    def autocast(self, dtype: torch.dtype, **options: Any) -> AbstractContextManager[Any]:
+        """Return a context in which operations run in `dtype` where that is safe (`torch.autocast`)."""
+        return torch.autocast(device_type=self.spec.device_type, dtype=dtype, **options)
+
+    def grad_scaler(self, **options: Any) -> torch.amp.GradScaler:
+        """Return a loss scaler for training in float16 (`torch.amp.GradScaler`)."""
+        return torch.amp.GradScaler(self.spec.device_type, **options)
+
+    def compile_backend(self) -> str:
+        """Return the name of the `torch.compile` backend to use unless told otherwise."""
+        return "inductor"
+
+    # --- life cycle --------------------------------------------------------------------------------------
+
+    def wrap_dataloader(self, loader: Iterable[Any], device: torch.device) -> Iterable[Any]:
+        """Return the loader to iterate over, where the vendor's runtime brings one of its own."""
+        return loader
+
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> Any:
+        """Step `optimizer`, where the vendor's runtime wants to be told of it."""
+        return optimizer.step(closure) if closure is not None else optimizer.step()
+
+    def step_boundary(self) -> None:
+        """Mark the end of a training step, where the vendor's runtime records work lazily."""
+
+    def save(self, value: Any, path: Path) -> None:
+        """Write `value` with `torch.save`, its tensors readable on a machine without the device."""
+        torch.save(value, path)
+
+    def launch_env(self, topology: Topology, environ: Mapping[str, str]) -> Mapping[str, str]:
+        """Return variables to set in a worker before the vendor's runtime starts."""
+        return {}
+
+    def bind_cpu(self, topology: Topology) -> None:
+        """Bind this process to the processor cores nearest to its device and set its number of threads."""

@@ -1,0 +1,117 @@
+"""The interface to a layout of model, optimizer and gradients over processes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchport.plugin.specs import StrategySpec
+
+if TYPE_CHECKING:
+    from torchport.plugin.context import RunContext
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareRequest:
+    """What a call of `Accelerator.prepare` hands to the strategy.
+
+    Attributes:
+        models: Models as the user made them, on any device.
+        optimizers: Optimizers over the parameters of these (or earlier prepared) models.
+        context: The run.
+        device_placement: For each model, whether to move it to the device.
+        evaluation_only: Whether the models will not be trained, so that no gradients need be exchanged.
+    """
+
+    models: tuple[torch.nn.Module, ...]
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    context: RunContext
+    device_placement: tuple[bool, ...] = ()
+    evaluation_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The wrapped objects and the bound callables of a training step.
+
+    `Accelerator` assigns the callables once; a step then calls them directly, with no look-up and no branch.
+
+    Attributes:
+        models: One for each requested model, in order.
+        optimizers: One for each requested optimizer, in order.
+        backward: Computes gradients of a loss: `backward(loss, **kwargs)`.
+        step: Steps one of `optimizers`, `step(optimizer, closure)`, and returns whether it was applied
+            (a loss scaler may skip it).
+        zero_grad: Clears the gradients of one of `optimizers`: `zero_grad(optimizer, set_to_none)`.
+        no_sync: A context in which gradients of a model are kept local: `no_sync(model)`.
+        clip_grad_norm: Clips to a total norm and returns the norm before:
+            `clip_grad_norm(parameters, max_norm, norm_type)`.
+        clip_grad_value: Clips each element: `clip_grad_value(parameters, value)`.
+        scale_gradients: Multiplies all gradients: `scale_gradients(factor)`; `factor` a float or 0-dim tensor.
+        unscale_gradients: Divides the loss scale out of the gradients of one optimizer, or of all (`None`).
+        owns_accumulation: Whether the strategy counts and averages micro-batches itself.
+    """
+
+    models: tuple[torch.nn.Module, ...]
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    backward: Callable[..., None]
+    step: Callable[[torch.optim.Optimizer, Callable[[], Any] | None], bool]
+    zero_grad: Callable[[torch.optim.Optimizer, bool], None]
+    no_sync: Callable[[torch.nn.Module], AbstractContextManager[Any]]
+    clip_grad_norm: Callable[[Iterable[torch.Tensor], float, float], torch.Tensor]
+    clip_grad_value: Callable[[Iterable[torch.Tensor], float], None]
+    scale_gradients: Callable[[Any], None]
+    unscale_gradients: Callable[[torch.optim.Optimizer | None], None]
+    owns_accumulation: bool = False
+
+
+class Strategy(ABC):
+    """A layout of model, optimizer and gradients over processes.
+
+    Args:
+        spec: The descriptor that named this factory.
+        config: An instance of the spec's `config` dataclass, or `None`.
+    """
+
+    def __init__(self, spec: StrategySpec, config: Any = None) -> None:
+        self.spec = spec
+        self.config = config
+
+    @abstractmethod
+    def prepare(self, request: PrepareRequest) -> Prepared:
+        """Distribute models and optimizers, and bind the callables of a step."""
+
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return the user's model inside what `prepare` made of it."""
+        return model
+
+    def model_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Return the whole state of a prepared model, under the names of the user's own model."""
+        return self.unwrap(model).state_dict()
+
+    def load_model_state_dict(self, model: torch.nn.Module, state: dict[str, Any]) -> Any:
+        """Load what `model_state_dict` returned; call it on every process."""
+        return self.unwrap(model).load_state_dict(state)
+
+    def optimizer_state_dict(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return the state of a prepared optimizer over the parameters of `model`."""
+        return optimizer.state_dict()
+
+    def load_optimizer_state_dict(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Load what `optimizer_state_dict` returned; call it on every process."""
+        optimizer.load_state_dict(state)
+
+    def model_init_context(self) -> AbstractContextManager[Any]:
+        """Return a context in which to construct models too large for one process."""
+        return nullcontext()
+
+    def join(self, models: Iterable[torch.nn.Module], *, even_batches: bool | None = None) -> AbstractContextManager[Any]:
+        """Return a context in which processes may have different numbers of batches."""
+        return nullcontext()
