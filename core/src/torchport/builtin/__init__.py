@@ -39,14 +39,14 @@ def torchport_strategies() -> Iterable[StrategySpec]:
     """Offer one process, and data parallelism over several."""
     yield StrategySpec(
         name="single",
-        factory="torchport.builtin.single:Single",
+        factory="torchport.builtin.single:SingleStrategy",
         summary="one process, the model as it is",
         priority=10,
         max_processes=1,
     )
     yield StrategySpec(
         name="ddp",
-        factory="torchport.builtin.ddp:DistributedDataParallel",
+        factory="torchport.builtin.ddp:DdpStrategy",
         config="torchport.builtin.ddp_config:DistributedDataParallelKwargs",
         summary="a replica of the model in each process, gradients averaged",
         needs=Requirements(distributed=True),

@@ -35,6 +35,7 @@ from torchport.plugin.specs import (
 
 if TYPE_CHECKING:
     from torchport.plugin.backend import Backend
+    from torchport.plugin.binding import bind_step
     from torchport.plugin.collectives import Collectives
     from torchport.plugin.context import RunContext
     from torchport.plugin.launcher import Job, Launcher
@@ -55,6 +56,7 @@ _INTERFACES = {
     "Quantizer": "quantizer",
     "RunContext": "context",
     "Strategy": "strategy",
+    "bind_step": "binding",
     "Tracker": "tracker",
 }
 
@@ -89,6 +91,7 @@ __all__ = [
     "Topology",
     "Tracker",
     "TrackerSpec",
+    "bind_step",
     "hookimpl",
     "setting",
 ]

@@ -38,9 +38,7 @@ class Collectives(ABC):
     # --- to be written -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def open(
-        self, topology: Topology, device: torch.device, timeout: timedelta, store: dist.Store
-    ) -> None:
+    def open(self, topology: Topology, device: torch.device, timeout: timedelta, store: dist.Store) -> None:
         """Join the job's process group.
 
         Args:
@@ -65,9 +63,7 @@ class Collectives(ABC):
         if topology.world_size == 1 and not topology.master_addr:
             return dist.HashStore()
         store, _, _ = next(
-            dist.rendezvous(
-                "env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout
-            )
+            dist.rendezvous("env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout)
         )
         shared: dist.Store = store
         return shared

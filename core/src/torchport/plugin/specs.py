@@ -166,7 +166,9 @@ def _check_requirement(where: str, requirement: str) -> None:
         Requirement(requirement)
     except InvalidRequirement as error:
         raise InvalidSpecError(
-            f"{where}: {requirement!r} is not a requirement", reason=str(error), hint='write it as "name>=1.0"'
+            f"{where}: {requirement!r} is not a requirement",
+            reason=str(error),
+            hint='write it as "name>=1.0"',
         ) from error
 
 
@@ -196,7 +198,9 @@ class BackendSpec(Spec):
         Spec.__post_init__(self)
         self._check_reference("probe", required=True)
         if not self.device_type or not isinstance(self.device_type, str):
-            raise InvalidSpecError(f"BackendSpec(name={self.name!r}): device_type must be a torch device type")
+            raise InvalidSpecError(
+                f"BackendSpec(name={self.name!r}): device_type must be a torch device type"
+            )
         _check_integer(self, "priority")
 
 

@@ -98,7 +98,9 @@ class Strategy(ABC):
         """Load what `model_state_dict` returned; call it on every process."""
         return self.unwrap(model).load_state_dict(state)
 
-    def optimizer_state_dict(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state_dict(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
         """Return the state of a prepared optimizer over the parameters of `model`."""
         return optimizer.state_dict()
 
@@ -112,6 +114,8 @@ class Strategy(ABC):
         """Return a context in which to construct models too large for one process."""
         return nullcontext()
 
-    def join(self, models: Iterable[torch.nn.Module], *, even_batches: bool | None = None) -> AbstractContextManager[Any]:
+    def join(
+        self, models: Iterable[torch.nn.Module], *, even_batches: bool | None = None
+    ) -> AbstractContextManager[Any]:
         """Return a context in which processes may have different numbers of batches."""
         return nullcontext()

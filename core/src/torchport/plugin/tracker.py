@@ -48,7 +48,9 @@ class Tracker(ABC):
         """Record images: arrays of shape `(n, height, width, channels)` by name."""
         self._unsupported("images")
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]], step: int | None = None) -> None:
+    def log_table(
+        self, name: str, columns: list[str], rows: list[list[Any]], step: int | None = None
+    ) -> None:
         """Record a table."""
         self._unsupported("tables")
 

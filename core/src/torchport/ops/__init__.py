@@ -1,0 +1,1 @@
+"""Operations on nested structures of tensors, on one process and across processes."""

@@ -1,0 +1,174 @@
+"""Exchange nested structures of tensors, and objects, between the processes of the job.
+
+With one process every operation returns what it was given (copied where a result is expected to be new).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchport.errors import OperationError
+from torchport.ops.pytree import describe, recursively_apply
+from torchport.plugin.collectives import Collectives
+
+
+@dataclass(slots=True)
+class _Group:
+    """The processes that exchange."""
+
+    collectives: Collectives | None = None
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | None = None
+    debug: bool = False
+
+
+_group = _Group()
+
+
+def use_group(
+    collectives: Collectives | None, rank: int, world_size: int, device: torch.device, *, debug: bool = False
+) -> None:
+    """Say over which processes the operations of this module work; called once when a run starts."""
+    _group.collectives = collectives if world_size > 1 else None
+    _group.rank, _group.world_size, _group.device, _group.debug = rank, world_size, device, debug
+
+
+def reset_group() -> None:
+    """Go back to one process."""
+    use_group(None, 0, 1, torch.device("cpu"))
+
+
+def gather(tensor: Any) -> Any:
+    """Concatenate the tensors of all processes along the first dimension, in order of rank, on every process.
+
+    Args:
+        tensor: A structure of tensors, each of the same shape on every process. A tensor without dimensions
+            counts as one of shape `(1,)`.
+
+    Returns:
+        The same structure; a tensor of shape `(n, ...)` becomes `(processes * n, ...)`.
+    """
+    collectives = _checked("gather", tensor)
+
+    def one(leaf: torch.Tensor) -> torch.Tensor:
+        leaf = leaf.detach().unsqueeze(0) if leaf.ndim == 0 else leaf.detach()
+        return collectives.all_gather(leaf) if collectives is not None else leaf
+
+    return recursively_apply(one, tensor, error_on_other_type=True)
+
+
+def gather_object(object: Any) -> list[Any]:
+    """Return the items of the lists of all processes in one list, in order of rank, on every process.
+
+    Args:
+        object: A list of picklable items; any other object counts as a list of one.
+    """
+    mine = list(object) if isinstance(object, (list, tuple)) else [object]
+    if _group.collectives is None:
+        return mine
+    return [item for items in _group.collectives.all_gather_object(mine) for item in items]
+
+
+def broadcast(tensor: Any, from_process: int = 0) -> Any:
+    """Return the tensors of one process on every process.
+
+    Args:
+        tensor: A structure of tensors of the same shapes and dtypes on every process.
+        from_process: Rank whose tensors are taken.
+    """
+    collectives = _checked("broadcast", tensor)
+    if collectives is None:
+        return tensor
+    return recursively_apply(
+        lambda leaf: collectives.broadcast(leaf.detach().clone(), from_process), tensor, error_on_other_type=True
+    )
+
+
+def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list[Any]:
+    """Overwrite the items of a list on every process by those of one process, and return the list."""
+    if _group.collectives is not None:
+        _group.collectives.broadcast_object_list(object_list, from_process)
+    return object_list
+
+
+def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
+    """Reduce the tensors of all processes, on every process.
+
+    Args:
+        tensor: A structure of tensors of the same shapes on every process.
+        reduction: `"mean"`, `"sum"`, `"max"`, `"min"`, or `"none"` (which returns the tensors unchanged).
+        scale: Factor applied to the result.
+
+    Raises:
+        OperationError: if `reduction` is none of these.
+    """
+    known = ("mean", "sum", "max", "min", "none")
+    if reduction not in known:
+        raise OperationError(f"reduce has no reduction {reduction!r}", hint=f"one of {', '.join(known)}")
+    collectives = _checked("reduce", tensor)
+
+    def one(leaf: torch.Tensor) -> torch.Tensor:
+        result = leaf.detach().clone()
+        if collectives is not None and reduction != "none":
+            if reduction == "mean" and not (result.is_floating_point() or result.is_complex()):
+                result = result.float()
+            collectives.all_reduce(result, "sum" if reduction == "mean" else reduction)
+            if reduction == "mean":
+                result /= _group.world_size
+        return result if scale == 1.0 else result * scale
+
+    return recursively_apply(one, tensor, error_on_other_type=True)
+
+
+def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+    """Pad the tensors of all processes to the largest size of one dimension.
+
+    Args:
+        tensor: A structure of tensors that differ between processes in dimension `dim` alone.
+        dim: The dimension to pad. Tensors that have fewer dimensions are left as they are.
+        pad_index: The value to pad with.
+        pad_first: Whether to pad at the beginning.
+    """
+    collectives = _group.collectives
+    if collectives is None:
+        return tensor
+
+    def one(leaf: torch.Tensor) -> torch.Tensor:
+        if dim >= leaf.ndim or dim < -leaf.ndim:
+            return leaf
+        own = leaf.shape[dim]
+        largest = int(collectives.all_reduce(torch.tensor([own], device=leaf.device), "max"))
+        if largest == own:
+            return leaf
+        shape = list(leaf.shape)
+        shape[dim] = largest
+        padded = leaf.new_full(shape, pad_index)
+        padded.narrow(dim, largest - own if pad_first else 0, own).copy_(leaf)
+        return padded
+
+    return recursively_apply(one, tensor, error_on_other_type=True)
+
+
+def wait_for_everyone() -> None:
+    """Wait until every process has come here."""
+    if _group.collectives is not None:
+        _group.collectives.barrier()
+
+
+def _checked(operation: str, tensor: Any) -> Collectives | None:
+    """Return the collectives; in debug mode, first compare shapes and dtypes across processes."""
+    collectives = _group.collectives
+    if collectives is not None and _group.debug:
+        shapes = collectives.all_gather_object(describe(tensor))
+        if any(other != shapes[0] for other in shapes):
+            listed = "\n".join(f"    rank {rank}: {shape}" for rank, shape in enumerate(shapes))
+            raise OperationError(
+                f"{operation} needs tensors of the same shapes and dtypes on every process",
+                found=f"\n{listed}",
+                hint="pad_across_processes(tensor, dim=...) before it",
+            )
+    return collectives

@@ -1,0 +1,250 @@
+"""From a plan to the objects of a run: backend, process group, precision and strategy."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchport import envvars
+from torchport.aliases import DISTRIBUTED_TYPES
+from torchport.config.kwargs import InitProcessGroupKwargs, first_of
+from torchport.distributed_type import DistributedType
+from torchport.errors import ConfigurationError, PlanMismatchError, UnavailableError
+from torchport.ops import exchange
+from torchport.plan.discovery import discover
+from torchport.plan.registry import load_reference
+from torchport.plan.selection import Decision, Plan, Request, plan
+from torchport.plan.topology import detect_topology
+from torchport.plugin.backend import Backend
+from torchport.plugin.collectives import Collectives
+from torchport.plugin.context import RunContext
+from torchport.plugin.precision import Precision
+from torchport.plugin.specs import Topology
+from torchport.plugin.strategy import Strategy
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+def build(decision: Decision) -> Any:
+    """Import the factory of a decision and build the object.
+
+    Raises:
+        UnavailableError: if the factory raises; with its reason.
+    """
+    assert decision.spec is not None
+    try:
+        return load_reference(decision.spec.factory)(decision.spec, decision.config)
+    except Exception as error:
+        raise UnavailableError(
+            f"{decision.slot} {decision.name!r} ({decision.source}) could not be built",
+            found=f"its factory {decision.spec.factory}",
+            reason=f"{type(error).__name__}: {error}",
+            hint="torchport doctor",
+        ) from error
+
+
+class Runtime:
+    """The objects of a run, shared by everything in the process.
+
+    Attributes:
+        plan: The plan they were built from.
+        topology: The place of this process in the job.
+        backend: The backend.
+        device: The device of this process.
+        collectives: The open process group; `None` where the plan needs none.
+        generation: How many plans have been compared with the other processes.
+    """
+
+    current: Runtime | None = None
+
+    def __init__(self, plan: Plan, request: Request) -> None:
+        self.plan = plan
+        self.topology: Topology = plan.topology
+        self.backend: Backend = build(plan["backend"])
+        if envvars.flag(os.environ, envvars.BIND_CPU):
+            self.backend.bind_cpu(self.topology)
+        self.device: torch.device = self.backend.device(self.topology.local_rank)
+        self.collectives: Collectives | None = None
+        self.store: dist.Store | None = None
+        self.timeout = _timeout(request)
+        self.generation = 0
+        self._adopt(plan)
+
+    @classmethod
+    def open(cls, request: Request) -> Runtime:
+        """Resolve a plan and build its objects, or share those that are built already.
+
+        Raises:
+            ConfigurationError: if the process runs on another backend or process group already.
+        """
+        resolved = resolve(request)
+        if cls.current is None:
+            cls.current = cls(resolved, request)
+        else:
+            cls.current._adopt(resolved)
+        return cls.current
+
+    def _adopt(self, plan: Plan) -> None:
+        """Take over a plan: it must agree with what is open, and with the other processes."""
+        for slot in ("backend", "collectives"):
+            if self.plan[slot].choice and plan[slot].choice and self.plan[slot].choice != plan[slot].choice:
+                raise ConfigurationError(
+                    f"{plan[slot].source} asks for the {slot} {plan[slot].name!r}",
+                    found=f"this process already works with {self.plan[slot].name!r} ({self.plan[slot].source})",
+                    hint="pass the same choice everywhere, or start anew with PartialState._reset_state()",
+                )
+        if plan.distributed and self.collectives is None:
+            self._open_group(plan)
+        elif self.store is not None:
+            self._compare(plan, self.store)
+        self.plan = plan
+        exchange.use_group(
+            self.collectives,
+            self.topology.rank,
+            self.topology.world_size,
+            self.device,
+            debug=envvars.flag(os.environ, envvars.DEBUG),
+        )
+        for label in (plan.distributed_type,):
+            DistributedType.register(label)
+        self._report(plan)
+
+    def _open_group(self, plan: Plan) -> None:
+        collectives: Collectives = build(plan["collectives"])
+        self.store = collectives.rendezvous(self.topology, self.timeout)
+        self._compare(plan, self.store)
+        collectives.open(self.topology, self.device, self.timeout, self.store)
+        self.collectives = collectives
+        atexit.register(self._close_at_exit)
+
+    def _compare(self, plan: Plan, store: dist.Store) -> None:
+        """Compare plans with the other processes before anything else is exchanged."""
+        self.generation += 1
+        if self.topology.world_size > 1:
+            compare_plans(plan, store, f"torchport/plan/{self.generation}")
+
+    def _report(self, plan: Plan) -> None:
+        if self.topology.rank == 0:
+            for sentence in (*plan.warnings, *plan.overrides):
+                if sentence not in _reported:
+                    _reported.add(sentence)
+                    print(f"torchport: {sentence}", file=sys.stderr)  # noqa: T201
+
+    def context(self, precision: Precision, accumulation_steps: int, handlers: Iterable[Any]) -> RunContext:
+        """Describe the run to strategies and precisions."""
+        return RunContext(
+            device=self.device,
+            topology=self.topology,
+            backend=self.backend,
+            collectives=self.collectives,
+            precision=precision,
+            accumulation_steps=accumulation_steps,
+            handlers=tuple(handlers),
+        )
+
+    def precision(self) -> Precision:
+        """Build the plan's precision."""
+        precision: Precision = build(self.plan["precision"])
+        return precision
+
+    def strategy(self) -> Strategy:
+        """Build the plan's strategy."""
+        strategy: Strategy = build(self.plan["strategy"])
+        return strategy
+
+    def close(self) -> None:
+        """Leave the process group and forget the run."""
+        if self.collectives is not None:
+            self.collectives.close()
+            atexit.unregister(self._close_at_exit)
+        self.collectives = self.store = None
+        exchange.reset_group()
+        if Runtime.current is self:
+            Runtime.current = None
+
+    def _close_at_exit(self) -> None:
+        """Leave the group when the script ends well; after an error, the others must notice at once."""
+        if getattr(sys, "last_value", None) is None:
+            self.close()
+
+
+_reported: set[str] = set()
+
+
+def resolve(request: Request) -> Plan:
+    """Discover what is installed and resolve a plan for this process."""
+    installed = discover(os.environ)
+    DistributedType.register(*DISTRIBUTED_TYPES)
+    topology = detect_topology(os.environ, installed)
+    return plan(request, os.environ, installed, topology)
+
+
+def compare_plans(plan: Plan, store: dist.Store, prefix: str) -> None:
+    """Compare this process's plan with those of all others through their common store.
+
+    Rank 0 collects and publishes the verdict; each rank acknowledges it, so that the store outlives its readers.
+
+    Raises:
+        PlanMismatchError: on every process, naming the slots and ranks that differ.
+    """
+    topology = plan.topology
+    store.set(f"{prefix}/{topology.rank}", json.dumps(plan.fingerprint()))
+    if topology.rank == 0:
+        plans = [json.loads(store.get(f"{prefix}/{rank}")) for rank in range(topology.world_size)]
+        store.set(f"{prefix}/verdict", json.dumps(_differences(plans)))
+    differences = json.loads(store.get(f"{prefix}/verdict"))
+    if not differences:
+        return
+    store.set(f"{prefix}/read/{topology.rank}", "1")
+    if topology.rank == 0:
+        store.wait([f"{prefix}/read/{rank}" for rank in range(topology.world_size)])
+    raise PlanMismatchError(
+        "the processes of this job have resolved different plans",
+        found="; ".join(differences),
+        reason="every process must work with the same choices",
+        hint="give all processes the same environment and arguments: `torchport plan` on each machine shows why",
+    )
+
+
+def _differences(plans: list[dict[str, str]]) -> list[str]:
+    """Describe each slot on which ranks differ, grouping ranks by choice."""
+    described = []
+    for slot in plans[0]:
+        choices: dict[str, list[int]] = {}
+        for rank, fingerprint in enumerate(plans):
+            choices.setdefault(fingerprint.get(slot, "-"), []).append(rank)
+        if len(choices) > 1:
+            groups = ", ".join(
+                f"{choice!r} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                for choice, ranks in choices.items()
+            )
+            described.append(f"{slot}: {groups}")
+    return described
+
+
+def _timeout(request: Request) -> timedelta:
+    handler = first_of(request.handlers, InitProcessGroupKwargs)
+    if handler.init_method not in (None, "env://"):
+        raise ConfigurationError(
+            f"InitProcessGroupKwargs(init_method={handler.init_method!r}) cannot be honoured",
+            reason="the launcher says where processes meet",
+            hint="set MASTER_ADDR and MASTER_PORT instead",
+        )
+    if handler.timeout is not None:
+        timeout: timedelta = handler.timeout
+        return timeout
+    seconds = os.environ.get(envvars.TIMEOUT)
+    if not seconds:
+        return DEFAULT_TIMEOUT
+    try:
+        return timedelta(seconds=float(seconds))
+    except ValueError as error:
+        raise ConfigurationError(f"{envvars.TIMEOUT} must be a number of seconds", found=repr(seconds)) from error
