@@ -1,78 +1,205 @@
-"""Documented older spellings and what they stand for: the only file of the core that may name a vendor.
+"""Documented older spellings, as tables from spelling to slot and value. The only core file that names vendors.
 
-Everything here is a table from a spelling to a slot and a value; no code of the core decides by these names.
+The names and their meaning are those of the public command line, YAML files and environment variables of
+Accelerate 1.9. Nothing here is code that acts on a name: readers look spellings up and go on with the slot.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
-DISTRIBUTED_TYPES = (
-    "NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU",
-    "MULTI_HPU", "DEEPSPEED", "FSDP", "TP", "XLA", "MEGATRON_LM",
-)  # fmt: skip
-"""The documented members of `DistributedType`, which exist whether or not their plugin is installed."""
+from torchport import envvars
+from torchport.errors import ConfigurationError
 
-KEYWORD_SLOTS = {
-    "mixed_precision": "precision",
-    "deepspeed_plugin": "strategy",
-    "deepspeed_plugins": "strategy",
-    "fsdp_plugin": "strategy",
-    "megatron_lm_plugin": "strategy",
-    "torch_tp_plugin": "strategy",
-    "log_with": "trackers",
+
+@dataclass(frozen=True, slots=True)
+class Inert:
+    """A documented key that means nothing here; other values than these ask for something that is not done.
+
+    Attributes:
+        accepted: The values that ask for nothing, lower-case.
+        instead: What to use for the rest.
+    """
+
+    accepted: tuple[str, ...]
+    instead: str
+
+
+# --- command line of `torchport launch` ------------------------------------------------------------------------
+
+FLAGS: Mapping[str, str] = {
+    "mixed-precision": "precision",
+    "gpu-ids": "device_ids",
+    "mpirun-hostfile": "host_file",
 }
-"""Documented keyword arguments of `Accelerator` that fill a slot with their value."""
+"""Flags that take a value: the setting they are another name of."""
 
-KEYWORD_FLAGS = {"cpu": ("backend", "cpu")}
-"""Documented keyword arguments that, when true, fill a slot with a fixed value."""
+SWITCHES: Mapping[str, Mapping[str, str]] = {
+    "cpu": {"backend": "cpu"},
+    "multi-gpu": {"backend": "cuda"},
+    "tpu": {"backend": "tpu"},
+    "use-fsdp": {"strategy": "fsdp"},
+    "use-deepspeed": {"strategy": "deepspeed"},
+    "use-megatron-lm": {"strategy": "megatron"},
+}
+"""Flags without a value: the slots they fill."""
 
-KEYWORD_HANDLERS = ("dynamo_plugin",)
-"""Documented keyword arguments whose value is one more handler."""
+RETIRED_SWITCHES: Mapping[str, str] = {
+    "ipex": "PyTorch's own support for the device is used; choose it with --backend",
+    "use-xpu": "the device is found by itself; choose it with --backend xpu",
+}
+"""Flags documented as deprecated and without effect: what to write instead."""
+
+INERT_FLAGS: Mapping[str, Inert] = {
+    "dynamo-backend": Inert(
+        ("no",), "compile in the script: torch.compile, or Accelerator(dynamo_plugin=...)"
+    ),
+    "main-training-function": Inert(("main",), "the script is run as a whole"),
+}
+"""Flags that take a value and ask for nothing with these."""
+
+# --- YAML ------------------------------------------------------------------------------------------------------
+
+YAML_KEYS: Mapping[str, str] = {
+    "mixed_precision": "precision",
+    "gpu_ids": "device_ids",
+    "mpirun_hostfile": "host_file",
+}
+"""Keys that are another name of a setting."""
+
+YAML_SWITCHES: Mapping[str, Mapping[str, str]] = {"use_cpu": {"backend": "cpu"}}
+"""Keys that, when true, fill slots."""
+
+DISTRIBUTED_TYPES: Mapping[str, Mapping[str, str]] = {
+    "NO": {},
+    "MULTI_CPU": {"backend": "cpu"},
+    "MULTI_GPU": {"backend": "cuda"},
+    "MULTI_XPU": {"backend": "xpu"},
+    "MULTI_HPU": {"backend": "hpu"},
+    "MULTI_NPU": {"backend": "npu"},
+    "MULTI_MLU": {"backend": "mlu"},
+    "MULTI_SDAA": {"backend": "sdaa"},
+    "MULTI_MUSA": {"backend": "musa"},
+    "XLA": {"backend": "tpu"},
+    "TPU": {"backend": "tpu"},
+    "FSDP": {"strategy": "fsdp"},
+    "DEEPSPEED": {"strategy": "deepspeed"},
+    "MEGATRON_LM": {"strategy": "megatron"},
+    "TP": {"strategy": "tp"},
+    "DATA_PARALLEL": {"strategy": "ddp"},
+    "MODEL_PARALLEL": {"strategy": "tp"},
+}
+"""Values of the key `distributed_type`: the slots they fill. The labels are those of `DistributedType`."""
+
+ONE_PROCESS = "NO"
+"""The `distributed_type` that means one process, unless the file says how many."""
+
+COMPUTE_ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
+    "LOCAL_MACHINE": {},
+    "CUSTOM_CLUSTER": {},
+    "AMAZON_SAGEMAKER": {"launcher": "sagemaker"},
+}
+"""Values of the key `compute_environment`: the slots they fill."""
+
+INERT_KEYS: Mapping[str, Inert] = {
+    "downcast_bf16": Inert(("no", "false"), "precision: bf16"),
+    "dynamo_backend": Inert(
+        ("no", "false"), "compile in the script: torch.compile, or Accelerator(dynamo_plugin=...)"
+    ),
+    "main_training_function": Inert(("main",), "the script is run as a whole"),
+    "tpu_use_cluster": Inert(
+        ("false", "no"), "start the script on each machine of the pod with --machine-rank"
+    ),
+    "tpu_use_sudo": Inert(
+        ("false", "no"), "start the script on each machine of the pod as the user it needs"
+    ),
+    "tpu_env": Inert(("", "[]"), "set variables in the shell that starts the script"),
+    "tpu_name": Inert(("",), "start the script on each machine of the pod with --machine-rank"),
+    "tpu_zone": Inert(("",), "start the script on each machine of the pod with --machine-rank"),
+    "command_file": Inert(("",), "start the script on each machine of the pod with --machine-rank"),
+    "commands": Inert(("", "[]"), "start the script on each machine of the pod with --machine-rank"),
+}
+"""Keys that ask for nothing with these values; an empty value always asks for nothing."""
+
+LAUNCHER_SECTIONS: Mapping[str, str] = {"mpirun_config": "mpirun"}
+"""Sections whose keys are settings of the launch and which, when not empty, choose this launcher."""
+
+YAML_VARIABLES: Mapping[str, str] = {"mpirun_ccl": "CCL_WORKER_COUNT"}
+"""Keys that only set a variable in each worker."""
+
+# --- environment -----------------------------------------------------------------------------------------------
+
+ENVIRONMENT: Mapping[str, str] = {
+    "ACCELERATE_MIXED_PRECISION": envvars.PRECISION,
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": envvars.ACCUMULATION_STEPS,
+    "ACCELERATE_DEBUG_MODE": envvars.DEBUG,
+    "ACCELERATE_CPU_AFFINITY": envvars.BIND_CPU,
+}
+"""Variables that are another name of a variable."""
+
+ENVIRONMENT_SWITCHES: Mapping[str, tuple[str, str]] = {
+    "ACCELERATE_USE_CPU": (envvars.BACKEND, "cpu"),
+    "ACCELERATE_USE_FSDP": (envvars.STRATEGY, "fsdp"),
+    "ACCELERATE_USE_DEEPSPEED": (envvars.STRATEGY, "deepspeed"),
+    "ACCELERATE_USE_MEGATRON_LM": (envvars.STRATEGY, "megatron"),
+}
+"""Variables that, when they mean yes, set another."""
+
+# --- which plugin reads what -----------------------------------------------------------------------------------
+
+PLUGIN_PREFIXES: Mapping[str, str] = {
+    "fsdp": "fsdp",
+    "deepspeed": "deepspeed",
+    "zero": "deepspeed",
+    "zero3": "deepspeed",
+    "offload": "deepspeed",
+    "gradient_clipping": "deepspeed",
+    "megatron_lm": "megatron",
+    "fp8": "fp8",
+    "tpu": "tpu",
+    "vm": "tpu",
+    "downcast": "tpu",
+    "aws": "sagemaker",
+    "ec2": "sagemaker",
+    "sagemaker": "sagemaker",
+    "mpirun": "cpu",
+}
+"""Beginnings of documented flags, keys and sections, and the plugin that brings them."""
 
 
-class Keywords(NamedTuple):
-    """Keyword arguments resolved to slots and handlers."""
+def plugin_of(spelling: str) -> str:
+    """Return the plugin that brings a documented flag, key or section; empty if none is known to."""
+    plain = spelling.lstrip("-").replace("-", "_")
+    found = [prefix for prefix in PLUGIN_PREFIXES if plain == prefix or plain.startswith(prefix + "_")]
+    return PLUGIN_PREFIXES[max(found, key=len)] if found else ""
 
-    slots: dict[str, Any]
-    handlers: tuple[Any, ...]
 
+def translate_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ` with documented variables translated: `TORCHPORT_...` set where only the other was.
 
-def resolve_keywords(keywords: Mapping[str, Any], slots: Mapping[str, Any], known: tuple[str, ...] = ()) -> Keywords:
-    """Resolve older keyword arguments.
-
-    Args:
-        keywords: Arguments that are not slots themselves.
-        slots: Values already given by slot; `None` means not given.
-        known: Further names for the did-you-mean of an unknown argument.
+    The name under which a user set each is kept in `TORCHPORT_ORIGINS`, for messages.
 
     Raises:
-        TypeError: for an unknown argument, or two that fill one slot differently.
+        ConfigurationError: if two variables ask for different things.
     """
-    filled = {slot: value for slot, value in slots.items() if value is not None}
-    spelled = {slot: slot for slot in filled}
-    handlers = []
-    for keyword, value in keywords.items():
-        if keyword in KEYWORD_HANDLERS:
-            handlers += [value] * (value is not None)
+    wanted: dict[str, tuple[str, str]] = {}
+    for spelling, variable in ENVIRONMENT.items():
+        if environ.get(spelling):
+            wanted[variable] = (environ[spelling], spelling)
+    for spelling, (variable, value) in ENVIRONMENT_SWITCHES.items():
+        if not envvars.flag(environ, spelling):
             continue
-        if keyword in KEYWORD_FLAGS:
-            slot, implied = KEYWORD_FLAGS[keyword]
-            value = implied if value else None
-        elif keyword in KEYWORD_SLOTS:
-            slot = KEYWORD_SLOTS[keyword]
-        else:
-            candidates = [*KEYWORD_SLOTS, *KEYWORD_FLAGS, *KEYWORD_HANDLERS, *slots, *known]
-            near = difflib.get_close_matches(keyword, candidates, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"Accelerator takes no argument {keyword!r}{hint}")
-        if value is None:
-            continue
-        if slot in filled and filled[slot] != value:
-            raise TypeError(
-                f"{keyword}={value!r} and {spelled[slot]}={filled[slot]!r} both fill the slot {slot!r}; give one"
+        other = wanted.get(variable)
+        if other is not None and other[0] != value:
+            raise ConfigurationError(
+                f"{spelling} asks for {variable}={value}, and {other[1]} for {variable}={other[0]}",
+                hint=f"unset one of them, or set {variable}",
             )
-        filled[slot], spelled[slot] = value, keyword
-    return Keywords(filled, tuple(handlers))
+        wanted[variable] = (value, spelling)
+    missing = {variable: pair for variable, pair in wanted.items() if not environ.get(variable)}
+    if not missing:
+        return dict(environ)
+    origins = envvars.origins(environ) | {variable: spelling for variable, (_, spelling) in missing.items()}
+    values = {variable: value for variable, (value, _) in missing.items()}
+    return {**environ, **values, envvars.ORIGINS: envvars.format_origins(origins)}
