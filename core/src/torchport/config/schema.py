@@ -20,7 +20,10 @@ from typing import Any
 from torchport.errors import ConfigurationError
 
 _METADATA = "torchport"
-_TRUE, _FALSE = frozenset({"1", "true", "yes", "on", "y", "t"}), frozenset({"0", "false", "no", "off", "n", "f"})
+_TRUE, _FALSE = (
+    frozenset({"1", "true", "yes", "on", "y", "t"}),
+    frozenset({"0", "false", "no", "off", "n", "f"}),
+)
 
 
 def setting(
@@ -93,7 +96,9 @@ class Setting:
         label = converted.value if isinstance(converted, enum.Enum) else converted
         if self.choices and label is not None and str(label).lower() not in {c.lower() for c in self.choices}:
             raise ConfigurationError(
-                f"{where} must be one of {', '.join(self.choices)}", found=repr(value), hint=_suggest(str(value), self.choices)
+                f"{where} must be one of {', '.join(self.choices)}",
+                found=repr(value),
+                hint=_suggest(str(value), self.choices),
             )
         return converted
 
@@ -212,11 +217,21 @@ def _convert_one(value: Any, kind: Any) -> Any:
         except (TypeError, ValueError):
             return dataclasses.MISSING
     if kind is str:
-        return value if isinstance(value, str) else str(value) if isinstance(value, (int, float)) else dataclasses.MISSING
+        return (
+            value
+            if isinstance(value, str)
+            else str(value)
+            if isinstance(value, (int, float))
+            else dataclasses.MISSING
+        )
     if typing.get_origin(kind) in (tuple, list):
         origin = typing.get_origin(kind)
         items = text.split(",") if isinstance(text, str) else text
-        return origin(str(i).strip() for i in items if str(i).strip()) if isinstance(items, (list, tuple)) else dataclasses.MISSING
+        return (
+            origin(str(i).strip() for i in items if str(i).strip())
+            if isinstance(items, (list, tuple))
+            else dataclasses.MISSING
+        )
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         for member in kind:
             if str(text).lower() in (str(member.value).lower(), member.name.lower()):
@@ -231,8 +246,16 @@ def _as_text(value: Any) -> str:
 
 
 def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
-    return " or ".join(names.get(member, getattr(member, "__name__", str(member))) for member in _members(kind))
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "none",
+    }
+    return " or ".join(
+        names.get(member, getattr(member, "__name__", str(member))) for member in _members(kind)
+    )
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -6,19 +6,30 @@ A plugin that raises, misspells a hook or returns a bad descriptor is unregister
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 import pluggy
 
 from torchport import builtin, envvars
-from torchport.errors import InvalidSpecError, PluginError
-from torchport.plan.registry import CORE, Entry, Installed, Plugin, PluginFailure, missing_runtime
+from torchport.errors import InvalidSpecError, PluginError, TorchportError
+from torchport.plan.registry import (
+    CORE,
+    Entry,
+    Installed,
+    Plugin,
+    PluginFailure,
+    missing_runtime,
+    plugin_key,
+)
 from torchport.plugin import hookspecs
 from torchport.plugin.specs import KINDS, Finding, Kind
+
+_HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("torchport_"))
 
 
 def discover(
@@ -30,53 +41,53 @@ def discover(
         environ: Read for `TORCHPORT_PLUGINS` and `TORCHPORT_DISABLE_PLUGINS`.
         entry_points: The announcements to consider; by default those of all installed distributions.
     """
+    if entry_points is None:
+        entry_points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     installed = Installed()
-    version = _core_version()
-    _register(manager, builtin, Plugin("core", CORE, version), installed)
+    core_version = _core_version()
+    registered: list[tuple[Any, Plugin]] = []
 
-    found = sorted(
-        importlib.metadata.entry_points(group=hookspecs.PROJECT) if entry_points is None else entry_points,
-        key=lambda point: (point.name, point.dist.name if point.dist else ""),
-    )
-    for point in _allowed(found, environ, installed):
-        plugin = Plugin(
-            point.name, point.dist.name if point.dist else point.module, point.dist.version if point.dist else ""
-        )
-        problem = _core_requirement(point)
-        if problem:
-            installed.failures.append(PluginFailure(plugin, problem))
-            continue
-        try:
-            module = point.load()
-        except (Exception, SystemExit) as error:
-            installed.failures.append(
-                PluginFailure(plugin, f"import failed: {type(error).__name__}: {error}", traceback.format_exc())
-            )
-            continue
-        _register(manager, module, plugin, installed)
+    own = Plugin("core", CORE, core_version)
+    if _register(manager, builtin, own, installed):
+        registered.append((builtin, own))
+    for point in _allowed(entry_points, environ, installed):
+        plugin = _plugin(point)
+        module = _import(point, plugin, core_version, installed)
+        if module is not None and _register(manager, module, plugin, installed):
+            registered.append((module, plugin))
+
+    for module, plugin in registered:
+        _listen(manager, module, plugin, [other for other, _ in registered if other is not module], installed)
     return installed
 
 
+def _plugin(point: importlib.metadata.EntryPoint) -> Plugin:
+    if point.dist is None:
+        return Plugin(point.name, point.module, "")
+    return Plugin(point.name, point.dist.name, point.dist.version)
+
+
 def _allowed(
-    points: list[importlib.metadata.EntryPoint], environ: Mapping[str, str], installed: Installed
+    points: Iterable[importlib.metadata.EntryPoint], environ: Mapping[str, str], installed: Installed
 ) -> Iterable[importlib.metadata.EntryPoint]:
     """Apply the allow-list and the deny-list, and warn of names in them that nothing answers to."""
-    allow = envvars.names(environ, envvars.PLUGINS)
-    deny = envvars.names(environ, envvars.DISABLE_PLUGINS) or ()
-    present = {point.name for point in points}
-    for variable, listed in ((envvars.PLUGINS, allow or ()), (envvars.DISABLE_PLUGINS, deny)):
-        for name in listed:
-            if name not in present:
+    ordered = sorted(points, key=lambda point: (point.name, point.dist.name if point.dist else ""))
+    present = {plugin_key(point.name) for point in ordered}
+    listed = {name: envvars.names(environ, name) for name in (envvars.PLUGINS, envvars.DISABLE_PLUGINS)}
+    for variable, names in listed.items():
+        for name in names or ():
+            if plugin_key(name) not in present:
                 installed.warnings.append(
                     f"{variable} names {name!r}, but no such plugin is installed"
                     f" (installed: {', '.join(sorted(present)) or 'none'})"
                 )
-    for point in points:
-        if point.name in deny:
+    allow, deny = ({plugin_key(name) for name in names or ()} for names in listed.values())
+    for point in ordered:
+        if plugin_key(point.name) in deny:
             installed.denied[point.name] = f"it is listed in {envvars.DISABLE_PLUGINS}"
-        elif allow is not None and point.name not in allow:
+        elif listed[envvars.PLUGINS] is not None and plugin_key(point.name) not in allow:
             installed.denied[point.name] = f"it is not listed in {envvars.PLUGINS}"
         else:
             yield point
@@ -89,85 +100,138 @@ def _core_version() -> str:
         return ""
 
 
+def _import(
+    point: importlib.metadata.EntryPoint, plugin: Plugin, core_version: str, installed: Installed
+) -> Any:
+    """Import what an entry point names, unless its distribution is made for another core."""
+    problem = _core_requirement(point) if core_version else ""
+    if problem:
+        installed.failures.append(PluginFailure(plugin, problem))
+        return None
+    try:
+        return point.load()
+    except (Exception, SystemExit) as error:
+        reason = f"import failed: {type(error).__name__}: {error}"
+        installed.failures.append(PluginFailure(plugin, reason, traceback.format_exc()))
+        return None
+
+
 def _core_requirement(point: importlib.metadata.EntryPoint) -> str:
     """Check the distribution's required range of the core, before anything of it is imported."""
-    wanted = [r for r in (point.dist.requires if point.dist else None) or () if r.startswith(CORE)]
-    problem = missing_runtime(wanted) if wanted and _core_version() else ""
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    wanted = []
+    for text in (point.dist.requires if point.dist else None) or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement as error:
+            return f"its metadata is not valid: {text!r}: {error}"
+        if canonicalize_name(requirement.name) == CORE:
+            wanted.append(text)
+    problem = missing_runtime(wanted)
     return f"it {problem}" if problem else ""
 
 
-def _register(manager: pluggy.PluginManager, module: Any, plugin: Plugin, installed: Installed) -> None:
+def _register(manager: pluggy.PluginManager, module: Any, plugin: Plugin, installed: Installed) -> bool:
     """Register one plugin and collect what it offers; on any fault, take it out whole."""
     others = [other for other in manager.get_plugins() if other is not module]
     label = f"{plugin.distribution}:{plugin.name}"
     try:
-        if not isinstance(module, ModuleType) and not hasattr(module, "__class__"):
-            raise PluginError(f"the entry point refers to {module!r}, which is not a module or an object")
         manager.register(module, label)
         _refuse_unknown_hooks(manager, module)
         entries = [entry for kind in KINDS.values() for entry in _collect(manager, kind, plugin, others)]
-    except Exception as error:
+        _refuse_repeated_names(entries)
+    except (Exception, SystemExit) as error:
         if manager.has_plugin(label):
             manager.unregister(name=label)
-        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, TorchportError) else f"{type(error).__name__}: {error}"
         installed.failures.append(PluginFailure(plugin, reason, traceback.format_exc()))
-        return
+        return False
     installed.add(entries)
     installed.plugins.append(plugin)
-    callers = {caller.name for caller in manager.get_hookcallers(module) or ()}
-    if "torchport_plan_resolved" in callers:
-        hook = manager.subset_hook_caller("torchport_plan_resolved", others)
-        installed.observers.append(lambda plan: hook(plan=plan) and None)
-    if "torchport_findings" in callers:
-        report = manager.subset_hook_caller("torchport_findings", others)
-        installed.findings.append(lambda: _findings(report(), plugin))
+    return True
 
 
 def _refuse_unknown_hooks(manager: pluggy.PluginManager, module: Any) -> None:
-    """Refuse hook implementations that no specification knows: nearly always a misspelling."""
-    import difflib
-
-    known = [name for name in vars(hookspecs) if name.startswith("torchport_")]
-    for caller in manager.get_hookcallers(module) or ():
+    """Refuse implementations of hooks that do not exist (nearly always misspelt), and unmarked ones."""
+    implemented = {caller.name: caller for caller in manager.get_hookcallers(module) or ()}
+    for name, caller in implemented.items():
         if not caller.has_spec():
-            near = difflib.get_close_matches(caller.name, known, n=1, cutoff=0.6)
-            raise PluginError(
-                f"there is no hook {caller.name!r}", hint=f"did you mean {near[0]!r}?" if near else ""
-            )
-    for name in vars(module) if isinstance(module, ModuleType) else ():
-        implemented = getattr(vars(module)[name], "torchport_impl", None)
-        if implemented is None and name in known and callable(vars(module)[name]):
-            raise PluginError(
-                f"{name} is not marked as a hook implementation", hint="put @hookimpl above its definition"
-            )
+            near = difflib.get_close_matches(name, _HOOKS, n=1, cutoff=0.6)
+            raise PluginError(f"there is no hook {name!r}", hint=f"did you mean {near[0]!r}?" if near else "")
+    if isinstance(module, ModuleType):
+        for name in sorted(_HOOKS & vars(module).keys() - implemented.keys()):
+            if callable(getattr(module, name)):
+                raise PluginError(
+                    f"{name} is not marked as a hook implementation",
+                    hint="put @hookimpl above its definition",
+                )
 
 
 def _collect(manager: pluggy.PluginManager, kind: Kind, plugin: Plugin, others: list[Any]) -> Iterable[Entry]:
     """Call one plugin's hook of one kind and check what it returns."""
     for returned in manager.subset_hook_caller(kind.hook, others)():
-        for spec in _iterate(returned, kind.hook):
+        if not isinstance(returned, Iterable):
+            raise InvalidSpecError(
+                f"{kind.hook} must return an iterable",
+                found=repr(returned),
+                hint="yield the spec, or return [spec]",
+            )
+        for spec in returned:
             if not isinstance(spec, kind.spec):
                 raise InvalidSpecError(
-                    f"{kind.hook} must give {kind.spec.__name__} objects",
-                    found=repr(spec),
+                    f"{kind.hook} must give {kind.spec.__name__} objects", found=repr(spec)
                 )
             yield Entry(spec, plugin)
 
 
-def _iterate(returned: Any, hook: str) -> list[Any]:
-    try:
-        return list(returned)
-    except TypeError as error:
-        if not hasattr(returned, "__iter__"):
-            raise InvalidSpecError(
-                f"{hook} must return an iterable", found=repr(returned), hint="yield the spec, or return [spec]"
+def _refuse_repeated_names(entries: Iterable[Entry]) -> None:
+    seen = set()
+    for entry in entries:
+        for label in entry.labels:
+            if (entry.spec.kind, label) in seen:
+                raise InvalidSpecError(f"the plugin offers the {entry.spec.kind} {label!r} twice")
+            seen.add((entry.spec.kind, label))
+
+
+def _listen(
+    manager: pluggy.PluginManager, module: Any, plugin: Plugin, others: list[Any], installed: Installed
+) -> None:
+    """Keep calls of one plugin's observing hooks alone, so that a fault can be put down to it."""
+    implemented = {caller.name for caller in manager.get_hookcallers(module) or ()}
+    if "torchport_plan_resolved" in implemented:
+        hook = manager.subset_hook_caller("torchport_plan_resolved", others)
+        installed.observers.append(_observer(hook, plugin))
+    if "torchport_findings" in implemented:
+        report = manager.subset_hook_caller("torchport_findings", others)
+        installed.findings.append(lambda: _findings(report, plugin))
+
+
+def _observer(hook: Callable[..., Any], plugin: Plugin) -> Callable[[Any], None]:
+    def observe(plan: Any) -> None:
+        try:
+            hook(plan=plan)
+        except TorchportError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"plugin {plugin.name!r} ({plugin}) failed when it was shown the plan",
+                reason=f"{type(error).__name__}: {error}",
+                hint=f"export TORCHPORT_DISABLE_PLUGINS={plugin.name}",
             ) from error
-        raise
+
+    return observe
 
 
-def _findings(answers: Iterable[Iterable[Finding]], plugin: Plugin) -> Iterable[Finding]:
+def _findings(report: Callable[[], Iterable[Iterable[Finding]]], plugin: Plugin) -> list[Finding]:
     """Collect one plugin's findings; a report that raises becomes a finding itself."""
     try:
-        return [finding for answer in answers for finding in answer]
+        found = [finding for answer in report() for finding in answer]
+        wrong = next((finding for finding in found if not isinstance(finding, Finding)), None)
+        if wrong is not None:
+            raise TypeError(f"torchport_findings must give Finding objects, not {wrong!r}")
     except Exception as error:
-        return [Finding(level="error", subject=plugin.name, message=f"its findings raised {error!r}")]
+        message = f"its findings raised {type(error).__name__}: {error}"
+        return [Finding(level="error", subject=plugin.name, message=message)]
+    return found

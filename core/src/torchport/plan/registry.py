@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchport.errors import (
     UnavailableError,
     UnknownPluginError,
 )
-from torchport.plugin.specs import KINDS, BackendSpec, Capabilities, Probe, Spec
+from torchport.plugin.specs import KINDS, BackendSpec, Capabilities, Finding, Probe, Spec
 
 CORE = "torchport-core"
 """Distribution name of the core, whose own plugins are always registered."""
@@ -51,6 +51,16 @@ class Entry:
     spec: Spec
     plugin: Plugin
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The name and the aliases."""
+        return (self.spec.name, *self.spec.aliases)
+
+
+def plugin_key(name: str) -> str:
+    """Return the form in which plugins' names are compared: `torchport-My_Chip` is `my-chip`."""
+    return name.lower().replace("_", "-").removeprefix("torchport-")
+
 
 def load_reference(reference: str) -> Any:
     """Import what `"module:Name"` refers to."""
@@ -81,29 +91,34 @@ class Installed:
     clashes: dict[tuple[str, str], tuple[Plugin, ...]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     observers: list[Callable[[Any], None]] = field(default_factory=list)
-    findings: list[Callable[[], Iterable[Any]]] = field(default_factory=list)
+    findings: list[Callable[[], Iterable[Finding]]] = field(default_factory=list)
+    _offered: list[Entry] = field(default_factory=list)
     _probes: dict[tuple[str, str], Probe] = field(default_factory=dict)
     _capabilities: dict[str, Capabilities] = field(default_factory=dict)
 
     def specs(self, kind: str) -> tuple[Any, ...]:
-        """Return all specs of a kind, in order of name."""
+        """Return all usable specs of a kind, in order of name."""
         return tuple(entry.spec for _, entry in sorted(self.entries[kind].items()))
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Add the specs of one plugin, taking out the names that another plugin offers too."""
-        for entry in entries:
-            kind, table = entry.spec.kind, self.entries[entry.spec.kind]
-            for name in (entry.spec.name, *entry.spec.aliases):
-                other = table.get(name) or next((e for e in table.values() if name in e.spec.aliases), None)
-                clash = self.clashes.get((kind, name), ())
-                if other is not None or clash:
-                    clash = clash or (other.plugin,) if other is not None else clash
-                    self.clashes[kind, name] = (*clash, entry.plugin)
-                    if other is not None and other.plugin.distribution != CORE:
-                        table.pop(other.spec.name, None)
-                    break
-            else:
-                table[entry.spec.name] = entry
+        """Add the specs of one plugin.
+
+        A name (or alias) that several plugins offer is a clash: none of their specs can be used under any of
+        its names, so that the order of installation decides nothing. The core's own specs always stay.
+        """
+        self._offered.extend(entries)
+        offers: dict[tuple[str, str], list[Plugin]] = {}
+        for entry in self._offered:
+            for label in entry.labels:
+                offers.setdefault((entry.spec.kind, label), []).append(entry.plugin)
+        self.clashes = {key: tuple(plugins) for key, plugins in offers.items() if len(plugins) > 1}
+        self.entries = {kind: {} for kind in KINDS}
+        for entry in self._offered:
+            if entry.plugin.distribution == CORE or not self._contested(entry):
+                self.entries[entry.spec.kind][entry.spec.name] = entry
+
+    def _contested(self, entry: Entry) -> list[str]:
+        return [label for label in entry.labels if (entry.spec.kind, label) in self.clashes]
 
     def find(self, kind: str, name: str, wanted_by: str) -> Entry:
         """Return the entry of this name or alias.
@@ -114,47 +129,55 @@ class Installed:
             PluginError: if a plugin of that name is installed but failed to register.
             UnknownPluginError: otherwise; with the nearest name and the package to install.
         """
-        wanted = f"{wanted_by} asks for the {kind} {name!r}"
-        table = self.entries[kind]
-        clash = self.clashes.get((kind, name))
-        if clash and (name not in table or table[name].plugin.distribution != CORE):
-            raise DuplicateNameError(
-                f"{wanted}, which several installed plugins offer",
-                found=" and ".join(map(str, clash)),
-                reason="which of them would run must not depend on the order of installation",
-                hint=f"uninstall one, or switch it off: TORCHPORT_DISABLE_PLUGINS={clash[-1].name}",
-            )
-        for entry in table.values():
-            if name == entry.spec.name or name in entry.spec.aliases:
+        for entry in self.entries[kind].values():
+            if name in entry.labels:
                 return entry
+        wanted = f"{wanted_by} asks for the {kind} {name!r}"
+        for entry in self._offered:
+            if entry.spec.kind == kind and name in entry.labels:
+                raise self._duplicate(kind, self._contested(entry)[0], wanted)
         raise self._not_found(kind, name, wanted)
+
+    def _duplicate(self, kind: str, label: str, wanted: str) -> DuplicateNameError:
+        clash = self.clashes[kind, label]
+        hint = "uninstall one of them"
+        if len({plugin.name for plugin in clash}) > 1:
+            hint += f", or switch it off: export TORCHPORT_DISABLE_PLUGINS={clash[-1].name}"
+        return DuplicateNameError(
+            f"{wanted}, but several installed plugins offer a {kind} {label!r}",
+            found=" and ".join(map(str, clash)),
+            reason="which of them would run must not depend on the order of installation",
+            hint=hint,
+        )
 
     def _not_found(self, kind: str, name: str, wanted: str) -> SelectionError | PluginError:
         """Say why there is no such entry: kept out, broken, or not installed."""
-        plain = name.replace("-", "_")
         for denied, reason in self.denied.items():
-            if denied.replace("-", "_") == plain:
-                return DeniedError(f"{wanted}, which is switched off", reason=reason)
+            if plugin_key(denied) == plugin_key(name):
+                return DeniedError(
+                    f"{wanted}, which is switched off",
+                    reason=reason,
+                    hint="change that variable, or ask for another: torchport plugins",
+                )
         for failure in self.failures:
-            if failure.plugin.name.replace("-", "_") == plain:
+            if plugin_key(name) in (plugin_key(failure.plugin.name), plugin_key(failure.plugin.distribution)):
                 return PluginError(
                     f"{wanted}, whose plugin could not be registered",
                     found=str(failure.plugin),
                     reason=failure.reason,
-                    hint="torchport doctor",
+                    hint="torchport doctor --verbose",
                 )
-        known = [n for entry in self.entries[kind].values() for n in (entry.spec.name, *entry.spec.aliases)]
+        known = [label for entry in self.entries[kind].values() for label in entry.labels]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         install = f"pip install torchport-{name.replace('_', '-')}"
         broken = ", ".join(failure.plugin.name for failure in self.failures)
         off = ", ".join(sorted(self.denied))
+        reasons = [f"could not be registered: {broken} (see torchport doctor)"] if broken else []
+        reasons += [f"switched off: {off}"] if off else []
         return UnknownPluginError(
             f"{wanted}, but no installed plugin offers it",
             found=", ".join(sorted(self.entries[kind])) or "none",
-            reason="; ".join(
-                [f"could not be registered: {broken} (see torchport doctor)"] * bool(broken)
-                + [f"switched off: {off}"] * bool(off)
-            ),
+            reason="; ".join(reasons),
             hint=f"did you mean {near[0]!r}? Otherwise: {install}" if near else install,
         )
 
@@ -171,7 +194,7 @@ class Installed:
             try:
                 backend = load_reference(spec.factory)(spec)
                 self._capabilities[spec.name] = backend.capabilities()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UnavailableError(
                     f"backend {spec.name!r} cannot be built",
                     found=f"factory {spec.factory}",
@@ -196,7 +219,9 @@ def missing_runtime(requirements: Iterable[str]) -> str:
             problems.append(f"needs {text}, which is not installed: pip install '{text}'")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            problems.append(f"needs {text}, found {requirement.name} {version}: pip install --upgrade '{text}'")
+            problems.append(
+                f"needs {text}, found {requirement.name} {version}: pip install --upgrade '{text}'"
+            )
     return "; ".join(problems)
 
 
@@ -209,15 +234,10 @@ def _probe(spec: Any) -> Probe:
         return Probe(available=True)
     try:
         answer = load_reference(reference)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Probe(available=False, reason=f"its probe {reference} raised {type(error).__name__}: {error}")
     if not isinstance(answer, Probe):
         return Probe(available=False, reason=f"its probe {reference} returned {answer!r} instead of a Probe")
     if not answer.available and not answer.reason:
         return Probe(available=False, reason=f"its probe {reference} gave no reason")
     return answer
-
-
-def summarize(mapping: Mapping[str, str]) -> str:
-    """Join facts for one line of text."""
-    return ", ".join(f"{key} {value}" for key, value in mapping.items())

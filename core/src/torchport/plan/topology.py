@@ -12,8 +12,8 @@ from torchport.plugin.specs import Topology
 def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topology:
     """Ask the installed launchers, the most specific last, and take the first answer.
 
-    Launchers with a priority above 0 are asked first: `torchrun` and `local` set complete variables, also when
-    they run inside an allocation of a cluster's scheduler.
+    Launchers with a priority above 0 are asked first: `torchrun` and `local` set complete variables, also
+    when they run inside an allocation of a cluster's scheduler.
 
     Raises:
         LaunchError: if a launcher's variables contradict themselves.

@@ -45,7 +45,8 @@ class Backend(ABC):
     @property
     def module(self) -> ModuleType:
         """The vendor's device module, as registered with PyTorch (`torch.<device_type>`)."""
-        return torch.get_device_module(self.spec.device_type)
+        module: ModuleType = torch.get_device_module(self.spec.device_type)
+        return module
 
     def count(self) -> int:
         """Return the number of devices that this process can see."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from torchport.errors import OperationError
 from torchport.plugin.specs import CollectivesSpec, Topology
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _REDUCTIONS = {
     "sum": dist.ReduceOp.SUM,
@@ -38,7 +41,7 @@ class Collectives(ABC):
     # --- to be written -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def open(self, topology: Topology, device: torch.device, timeout: timedelta, store: dist.Store) -> None:
+    def open(self, topology: Topology, device: torch.device, timeout: timedelta, store: Store) -> None:
         """Join the job's process group.
 
         Args:
@@ -54,18 +57,20 @@ class Collectives(ABC):
 
     # --- meeting -----------------------------------------------------------------------------------------
 
-    def rendezvous(self, topology: Topology, timeout: timedelta) -> dist.Store:
+    def rendezvous(self, topology: Topology, timeout: timedelta) -> Store:
         """Return a key-value store shared by all processes of the job.
 
         The default is the TCP store at `topology.master_addr:master_port` (the agent's own under torchrun),
         and a private store for a job of one process.
         """
         if topology.world_size == 1 and not topology.master_addr:
-            return dist.HashStore()
+            return dist.HashStore()  # type: ignore[attr-defined]
         store, _, _ = next(
-            dist.rendezvous("env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout)
+            dist.rendezvous(  # type: ignore[attr-defined]
+                "env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout
+            )
         )
-        shared: dist.Store = store
+        shared: Store = store
         return shared
 
     # --- exchanging tensors ------------------------------------------------------------------------------

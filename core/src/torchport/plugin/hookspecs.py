@@ -1,8 +1,8 @@
 """Every hook of Torchport, in one file.
 
-Hooks are called at set-up and tear-down only, never in a training step. All of them collect: what every plugin
-returns is put together, so the order of installation decides nothing. Return descriptors (or yield them);
-`docs/hooks.md` has a runnable example of each.
+Hooks are called at set-up and tear-down only, never in a training step. All of them collect: what every
+plugin returns is put together, so the order of installation decides nothing. Return descriptors (or yield
+them); `docs/hooks.md` has a runnable example of each.
 """
 
 from __future__ import annotations

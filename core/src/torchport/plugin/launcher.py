@@ -1,4 +1,4 @@
-"""The interface to a way to bring processes to life. Imports no torch: `torchport launch` must start at once."""
+"""The interface to a way to bring processes to life. Imports no torch: a launch must start at once."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Precision(ABC):
     def forward_context(
         self, context: RunContext, options: Any = None
     ) -> Callable[[], AbstractContextManager[Any]]:
-        """Return a factory of the context that forward passes run in; `options` overrides the run's handler."""
+        """Return a factory of the context of forward passes; `options` overrides the run's handler."""
         return nullcontext
 
     def convert_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

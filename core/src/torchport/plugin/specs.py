@@ -1,7 +1,8 @@
 """The frozen descriptors that hooks return.
 
-A descriptor says what a plugin offers and names the factory that builds it. Creating one imports neither torch
-nor a vendor package: the factory is imported when it has been chosen, the probe when the choice is being made.
+A descriptor says what a plugin offers and names the factory that builds it. Creating one imports neither
+torch nor a vendor package: the factory is imported when it has been chosen, the probe when the choice is being
+made.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class Spec:
         aliases: Other accepted spellings of the name.
         runtime: PEP 508 requirements of the vendor's runtime, checked from installed metadata before the
             probe or the factory is imported.
-        config: `"module:Dataclass"` with the plugin's settings; their flags, YAML keys and variables are derived.
+        config: `"module:Dataclass"` with the plugin's settings, from which their flags, YAML keys and
+            variables are derived.
         api: The `HOOK_API` that the plugin was written for.
     """
 
@@ -178,7 +180,8 @@ class BackendSpec(Spec):
 
     Attributes:
         device_type: The type of the `torch.device` it gives out (`"cpu"`, or what the vendor registered).
-        probe: `"module:function"` returning a `Probe`. It must not initialise the runtime: processes may fork.
+        probe: `"module:function"` returning a `Probe`. It must not initialise the runtime: processes may
+            fork.
         priority: Automatic selection takes the highest that is available; the host's own processor has 0.
         collectives: Name of the collectives that several processes use unless told otherwise.
         visible_devices_env: Variable by which the vendor's runtime restricts the devices a process sees.

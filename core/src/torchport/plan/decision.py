@@ -1,0 +1,152 @@
+"""A `Plan`: the frozen choices of a run, and why each was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+from torchport.plugin.specs import Spec, Topology
+
+AUTOMATIC = "automatic"
+"""First word of `Decision.source` where nobody asked for anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A candidate that was not taken, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """How one slot was filled.
+
+    Attributes:
+        slot: Name of the slot.
+        choice: Names chosen: one, none where the slot is not needed, several for trackers.
+        source: Who decided: an argument, a variable, a file, or `"automatic"`, with the reason.
+        spec: Descriptor of the first choice; `None` if there is none.
+        config: The chosen plugin's settings.
+        rejected: The other candidates, each with its reason.
+    """
+
+    slot: str
+    choice: tuple[str, ...]
+    source: str
+    spec: Spec | None = None
+    config: Any = None
+    rejected: tuple[Rejection, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The choice as text; `"-"` where the slot stays empty."""
+        return ", ".join(self.choice) or "-"
+
+    @property
+    def automatic(self) -> bool:
+        """Whether nobody asked for this choice."""
+        return self.source.startswith(AUTOMATIC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The frozen choices of a run, and why each was made.
+
+    Attributes:
+        decisions: One for each slot, in the order of `SLOTS`.
+        topology: The place of this process in its job.
+        overrides: One sentence for each variable that an argument overrides.
+        warnings: What the operator should hear once.
+        distributed: Whether a process group is opened.
+    """
+
+    decisions: tuple[Decision, ...]
+    topology: Topology
+    distributed: bool
+    overrides: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __getitem__(self, slot: str) -> Decision:
+        for decision in self.decisions:
+            if decision.slot == slot:
+                return decision
+        raise KeyError(slot)
+
+    @property
+    def backend(self) -> str:
+        """Name of the chosen backend."""
+        return self["backend"].name
+
+    @property
+    def strategy(self) -> str:
+        """Name of the chosen strategy."""
+        return self["strategy"].name
+
+    @property
+    def precision(self) -> str:
+        """Name of the chosen precision."""
+        return self["precision"].name
+
+    @property
+    def collectives(self) -> str:
+        """Name of the chosen collectives; `"-"` where no process group is opened."""
+        return self["collectives"].name
+
+    @property
+    def distributed_type(self) -> str:
+        """Label of the kind of distributed training (`DistributedType`); `"NO"` for one plain process."""
+        label: str = getattr(self["strategy"].spec, "distributed_type", "")
+        if not label and self.topology.world_size > 1:
+            label = getattr(self["backend"].spec, "distributed_type", "")
+        return label or "NO"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values, for JSON."""
+        return {
+            "slots": {
+                decision.slot: {
+                    "choice": list(decision.choice),
+                    "source": decision.source,
+                    "settings": plain(decision.config),
+                    "rejected": [asdict(rejection) for rejection in decision.rejected],
+                }
+                for decision in self.decisions
+            },
+            "topology": asdict(self.topology),
+            "distributed": self.distributed,
+            "distributed_type": self.distributed_type,
+            "overrides": list(self.overrides),
+            "warnings": list(self.warnings),
+        }
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what all processes must agree on, by slot: the choice, and a digest of its settings."""
+        shared = {}
+        for decision in self.decisions:
+            shared[decision.slot] = decision.name
+            if decision.config is not None:
+                settings = json.dumps(plain(decision.config), sort_keys=True)
+                digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+                shared[decision.slot] += f" (settings {digest})"
+        shared["processes"] = str(self.topology.world_size)
+        return shared
+
+
+def plain(value: Any) -> Any:
+    """Turn settings into values that JSON can hold; objects without a plain form become their type's name."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    return getattr(value, "__qualname__", None) or type(value).__qualname__
