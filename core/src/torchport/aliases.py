@@ -1,4 +1,4 @@
-"""Documented older spellings, as tables from spelling to slot and value. The only core file that names vendors.
+"""Documented older spellings, as tables from spelling to slot. The only core file that names vendors.
 
 The names and their meaning are those of the public command line, YAML files and environment variables of
 Accelerate 1.9. Nothing here is code that acts on a name: readers look spellings up and go on with the slot.
@@ -6,8 +6,10 @@ Accelerate 1.9. Nothing here is code that acts on a name: readers look spellings
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torchport import envvars
 from torchport.errors import ConfigurationError
@@ -26,7 +28,7 @@ class Inert:
     instead: str
 
 
-# --- command line of `torchport launch` ------------------------------------------------------------------------
+# --- command line of `torchport launch` ---
 
 FLAGS: Mapping[str, str] = {
     "mixed-precision": "precision",
@@ -59,7 +61,7 @@ INERT_FLAGS: Mapping[str, Inert] = {
 }
 """Flags that take a value and ask for nothing with these."""
 
-# --- YAML ------------------------------------------------------------------------------------------------------
+# --- YAML ---
 
 YAML_KEYS: Mapping[str, str] = {
     "mixed_precision": "precision",
@@ -71,7 +73,7 @@ YAML_KEYS: Mapping[str, str] = {
 YAML_SWITCHES: Mapping[str, Mapping[str, str]] = {"use_cpu": {"backend": "cpu"}}
 """Keys that, when true, fill slots."""
 
-DISTRIBUTED_TYPES: Mapping[str, Mapping[str, str]] = {
+DISTRIBUTED_TYPE_SLOTS: Mapping[str, Mapping[str, str]] = {
     "NO": {},
     "MULTI_CPU": {"backend": "cpu"},
     "MULTI_GPU": {"backend": "cuda"},
@@ -90,7 +92,7 @@ DISTRIBUTED_TYPES: Mapping[str, Mapping[str, str]] = {
     "DATA_PARALLEL": {"strategy": "ddp"},
     "MODEL_PARALLEL": {"strategy": "tp"},
 }
-"""Values of the key `distributed_type`: the slots they fill. The labels are those of `DistributedType`."""
+"""Values of the key `distributed_type`: the slots they fill."""
 
 ONE_PROCESS = "NO"
 """The `distributed_type` that means one process, unless the file says how many."""
@@ -128,7 +130,7 @@ LAUNCHER_SECTIONS: Mapping[str, str] = {"mpirun_config": "mpirun"}
 YAML_VARIABLES: Mapping[str, str] = {"mpirun_ccl": "CCL_WORKER_COUNT"}
 """Keys that only set a variable in each worker."""
 
-# --- environment -----------------------------------------------------------------------------------------------
+# --- environment ---
 
 ENVIRONMENT: Mapping[str, str] = {
     "ACCELERATE_MIXED_PRECISION": envvars.PRECISION,
@@ -146,7 +148,32 @@ ENVIRONMENT_SWITCHES: Mapping[str, tuple[str, str]] = {
 }
 """Variables that, when they mean yes, set another."""
 
-# --- which plugin reads what -----------------------------------------------------------------------------------
+# --- keyword arguments of `Accelerator`, and labels ---
+
+DISTRIBUTED_TYPES = (
+    "NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU",
+    "MULTI_HPU", "DEEPSPEED", "FSDP", "TP", "XLA", "MEGATRON_LM",
+)  # fmt: skip
+"""The documented members of `DistributedType`, which exist whether or not their plugin is installed."""
+
+KEYWORD_SLOTS = {
+    "mixed_precision": "precision",
+    "deepspeed_plugin": "strategy",
+    "deepspeed_plugins": "strategy",
+    "fsdp_plugin": "strategy",
+    "megatron_lm_plugin": "strategy",
+    "torch_tp_plugin": "strategy",
+    "log_with": "trackers",
+}
+"""Documented keyword arguments of `Accelerator` that fill a slot with their value."""
+
+KEYWORD_FLAGS = {"cpu": ("backend", "cpu")}
+"""Documented keyword arguments that, when true, fill a slot with a fixed value."""
+
+KEYWORD_HANDLERS = ("dynamo_plugin",)
+"""Documented keyword arguments whose value is one more handler."""
+
+# --- which plugin reads what ---
 
 PLUGIN_PREFIXES: Mapping[str, str] = {
     "fsdp": "fsdp",
@@ -203,3 +230,50 @@ def translate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     origins = envvars.origins(environ) | {variable: spelling for variable, (_, spelling) in missing.items()}
     values = {variable: value for variable, (value, _) in missing.items()}
     return {**environ, **values, envvars.ORIGINS: envvars.format_origins(origins)}
+
+
+class Keywords(NamedTuple):
+    """Keyword arguments resolved to slots and handlers."""
+
+    slots: dict[str, Any]
+    handlers: tuple[Any, ...]
+
+
+def resolve_keywords(
+    keywords: Mapping[str, Any], slots: Mapping[str, Any], known: tuple[str, ...] = ()
+) -> Keywords:
+    """Resolve older keyword arguments.
+
+    Args:
+        keywords: Arguments that are not slots themselves.
+        slots: Values already given by slot; `None` means not given.
+        known: Further names for the did-you-mean of an unknown argument.
+
+    Raises:
+        TypeError: for an unknown argument, or two that fill one slot differently.
+    """
+    filled = {slot: value for slot, value in slots.items() if value is not None}
+    spelled = {slot: slot for slot in filled}
+    handlers = []
+    for keyword, value in keywords.items():
+        if keyword in KEYWORD_HANDLERS:
+            handlers += [value] * (value is not None)
+            continue
+        if keyword in KEYWORD_FLAGS:
+            slot, implied = KEYWORD_FLAGS[keyword]
+            value = implied if value else None
+        elif keyword in KEYWORD_SLOTS:
+            slot = KEYWORD_SLOTS[keyword]
+        else:
+            candidates = [*KEYWORD_SLOTS, *KEYWORD_FLAGS, *KEYWORD_HANDLERS, *slots, *known]
+            near = difflib.get_close_matches(keyword, candidates, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"Accelerator takes no argument {keyword!r}{hint}")
+        if value is None:
+            continue
+        if slot in filled and filled[slot] != value:
+            raise TypeError(
+                f"{keyword}={value!r} and {spelled[slot]}={filled[slot]!r} both fill the slot {slot!r}; give one"
+            )
+        filled[slot], spelled[slot] = value, keyword
+    return Keywords(filled, tuple(handlers))
