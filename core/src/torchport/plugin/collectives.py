@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from torchport.errors import OperationError
+from torchport.errors import LaunchError, OperationError
 from torchport.plugin.specs import CollectivesSpec, Topology
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+DEFAULT_PORT = 29500
+"""TCP port at which processes of one machine meet where the launcher left none."""
 
 _REDUCTIONS = {
     "sum": dist.ReduceOp.SUM,
@@ -60,16 +63,37 @@ class Collectives(ABC):
     def rendezvous(self, topology: Topology, timeout: timedelta) -> Store:
         """Return a key-value store shared by all processes of the job.
 
-        The default is the TCP store at `topology.master_addr:master_port` (the agent's own under torchrun),
-        and a private store for a job of one process.
+        The default is the TCP store at `topology.master_addr:master_port` (the agent's own under torchrun).
+        Where the launcher left no address, processes of one machine meet at 127.0.0.1:29500, and a job of one
+        process has a private store.
+
+        Raises:
+            LaunchError: if the processes of several machines were given no address, or cannot meet there.
         """
         if topology.world_size == 1 and not topology.master_addr:
             return dist.HashStore()  # type: ignore[attr-defined]
-        store, _, _ = next(
-            dist.rendezvous(  # type: ignore[attr-defined]
-                "env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout
+        address, port = topology.master_addr, topology.master_port or DEFAULT_PORT
+        if not address:
+            if topology.local_world_size != topology.world_size:
+                raise LaunchError(
+                    f"collectives {self.spec.name!r} need an address at which the processes can meet",
+                    found=f"{topology.world_size} processes on several machines, from {topology.source}",
+                    hint="set MASTER_ADDR to the machine of rank 0 and MASTER_PORT to a free port there",
+                )
+            address = "127.0.0.1"
+        host = f"[{address}]" if ":" in address else address
+        try:
+            store, _, _ = next(
+                dist.rendezvous(  # type: ignore[attr-defined]
+                    f"tcp://{host}:{port}", topology.rank, topology.world_size, timeout=timeout
+                )
             )
-        )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise LaunchError(
+                f"rank {topology.rank} cannot meet the other processes at {address}:{port}",
+                reason=str(error).splitlines()[0],
+                hint="is the port in use, or the address wrong? They come from MASTER_ADDR and MASTER_PORT",
+            ) from error
         shared: Store = store
         return shared
 
