@@ -82,6 +82,9 @@ class Installed:
         denied: Names of installed plugins that an allow-list or deny-list keeps out, with the reason.
         clashes: For each (kind, name) that several plugins offer, those plugins. None of them is used.
         warnings: What an operator should hear once.
+        observers: Called with each resolved plan; may raise a `TorchportError` to veto it.
+        findings: Called by `doctor` for what plugins have to report.
+        faulty_probes: (kind, name) of each probe that raised or did not answer with a `Probe` and a reason.
     """
 
     entries: dict[str, dict[str, Entry]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
@@ -92,6 +95,7 @@ class Installed:
     warnings: list[str] = field(default_factory=list)
     observers: list[Callable[[Any], None]] = field(default_factory=list)
     findings: list[Callable[[], Iterable[Finding]]] = field(default_factory=list)
+    faulty_probes: set[tuple[str, str]] = field(default_factory=set)
     _offered: list[Entry] = field(default_factory=list)
     _probes: dict[tuple[str, str], Probe] = field(default_factory=dict)
     _capabilities: dict[str, Capabilities] = field(default_factory=dict)
@@ -185,7 +189,9 @@ class Installed:
         """Check a spec's runtime requirements, then call its probe; the answer is kept."""
         key = (spec.kind, spec.name)
         if key not in self._probes:
-            self._probes[key] = _probe(spec)
+            self._probes[key], fault = _probe(spec)
+            if fault:
+                self.faulty_probes.add(key)
         return self._probes[key]
 
     def capabilities(self, spec: BackendSpec) -> Capabilities:
@@ -225,19 +231,24 @@ def missing_runtime(requirements: Iterable[str]) -> str:
     return "; ".join(problems)
 
 
-def _probe(spec: Any) -> Probe:
-    reason = missing_runtime(spec.runtime) if spec.runtime else ""
+def _probe(spec: Any) -> tuple[Probe, bool]:
+    """Probe, and say whether the probe itself is at fault."""
+    reason = missing_runtime(spec.runtime)
     if reason:
-        return Probe(available=False, reason=reason)
+        return Probe(available=False, reason=reason), False
     reference: str = getattr(spec, "probe", "")
     if not reference:
-        return Probe(available=True)
+        return Probe(available=True), False
+    fault = ""
     try:
         answer = load_reference(reference)()
     except (Exception, SystemExit) as error:
-        return Probe(available=False, reason=f"its probe {reference} raised {type(error).__name__}: {error}")
-    if not isinstance(answer, Probe):
-        return Probe(available=False, reason=f"its probe {reference} returned {answer!r} instead of a Probe")
-    if not answer.available and not answer.reason:
-        return Probe(available=False, reason=f"its probe {reference} gave no reason")
-    return answer
+        fault = f"its probe {reference} raised {type(error).__name__}: {error}"
+    else:
+        if not isinstance(answer, Probe):
+            fault = f"its probe {reference} returned {answer!r} instead of a Probe"
+        elif not answer.available and not answer.reason:
+            fault = f"its probe {reference} gave no reason"
+        else:
+            return answer, False
+    return Probe(available=False, reason=fault), True

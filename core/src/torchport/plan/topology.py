@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torchport.errors import LaunchError
-from torchport.plan.registry import Installed, load_reference
-from torchport.plugin.specs import Topology
+from torchport.plan.registry import Installed, load_reference, missing_runtime
+from torchport.plugin.launcher import Launcher
+from torchport.plugin.specs import LauncherSpec, Topology
 
 
 def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topology:
@@ -19,8 +20,11 @@ def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topolog
         LaunchError: if a launcher's variables contradict themselves.
     """
     for spec in sorted(installed.specs("launcher"), key=lambda spec: (-spec.priority, spec.name)):
+        launcher = _build(spec, installed)
+        if launcher is None:
+            continue
         try:
-            topology: Topology | None = load_reference(spec.factory)(spec).detect(environ)
+            topology = launcher.detect(environ)
         except ValueError as error:
             raise LaunchError(
                 f"the variables of launcher {spec.name!r} do not describe a place in a job",
@@ -30,3 +34,18 @@ def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topolog
         if topology is not None:
             return topology
     return Topology()
+
+
+def _build(spec: LauncherSpec, installed: Installed) -> Launcher | None:
+    """Build a launcher; one that cannot be imported here has not started this process either."""
+    if missing_runtime(spec.runtime):
+        return None
+    try:
+        launcher: Launcher = load_reference(spec.factory)(spec)
+    except Exception as error:
+        installed.warnings.append(
+            f"launcher {spec.name!r} could not be asked for the place of this process in a job:"
+            f" {type(error).__name__}: {error} (see torchport doctor)"
+        )
+        return None
+    return launcher
