@@ -273,7 +273,8 @@ def resolve_keywords(
             continue
         if slot in filled and filled[slot] != value:
             raise TypeError(
-                f"{keyword}={value!r} and {spelled[slot]}={filled[slot]!r} both fill the slot {slot!r}; give one"
+                f"{keyword}={value!r} and {spelled[slot]}={filled[slot]!r} both fill the slot {slot!r};"
+                " give one"
             )
         filled[slot], spelled[slot] = value, keyword
     return Keywords(filled, tuple(handlers))

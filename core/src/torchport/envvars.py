@@ -39,6 +39,7 @@ LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 NODE_RANK = "GROUP_RANK"
 MASTER_ADDR = "MASTER_ADDR"
 MASTER_PORT = "MASTER_PORT"
+THREADS = "OMP_NUM_THREADS"
 
 VARIABLES = (
     Variable(BACKEND, "Name of the backend: which kind of device to work on."),
@@ -51,7 +52,9 @@ VARIABLES = (
     Variable(PLUGINS, "Allow-list of plugins, separated by commas; set but empty: the core's own only."),
     Variable(DISABLE_PLUGINS, "Deny-list of plugins, separated by commas; they are not imported."),
     Variable(ACCUMULATION_STEPS, "Micro-batches per optimizer step, where the script does not say."),
-    Variable(CONFIG_FILE, "YAML file that `torchport launch` and `torchport plan` read, unless one is given."),
+    Variable(
+        CONFIG_FILE, "YAML file that `torchport launch` and `torchport plan` read, unless one is given."
+    ),
     Variable(DEBUG, "`1`: check shapes and dtypes across processes before every collective operation."),
     Variable(TIMEOUT, "Seconds that a collective operation waits for other processes (default 1800)."),
     Variable(BIND_CPU, "`1`: bind each process to its own share of the processor cores."),
@@ -63,6 +66,7 @@ VARIABLES = (
     Variable(NODE_RANK, "Index of the machine; set by the launcher."),
     Variable(MASTER_ADDR, "Address of the machine of rank 0; set by the launcher."),
     Variable(MASTER_PORT, "TCP port there; set by the launcher."),
+    Variable(THREADS, "Processor threads of each process; set by `torchport launch` unless set already."),
 )
 
 

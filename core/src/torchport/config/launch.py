@@ -41,7 +41,7 @@ class LaunchConfig:
 
     device_ids: str = setting("", help="Devices of this machine to use: numbers separated by commas, or all.")
     num_cpu_threads_per_process: int | None = setting(
-        None, help="Processor threads of each process.", env="OMP_NUM_THREADS"
+        None, help="Processor threads of each process; by default its share of the cores."
     )
     enable_cpu_affinity: bool = setting(
         False, help="Bind each process to its own share of the processor cores.", env=envvars.BIND_CPU

@@ -98,14 +98,14 @@ class Setting:
             raise ConfigurationError(
                 f"{where} must be one of {', '.join(self.choices)}",
                 found=repr(value),
-                hint=_suggest(str(value), self.choices),
+                hint=suggest(str(value), self.choices),
             )
         return converted
 
 
 @functools.cache
 def settings_of(config: type) -> tuple[Setting, ...]:
-    """Return the settings of a configuration dataclass, in order; fields not made by `setting` are left out."""
+    """Return the settings of a dataclass, in order; fields not made by `setting` are left out."""
     prefix = getattr(config, "__torchport_prefix__", "")
     hints = typing.get_type_hints(config)
     found = []
@@ -150,7 +150,7 @@ def from_mapping(config: type, values: Mapping[str, Any], where: str) -> dict[st
         if item is None:
             raise ConfigurationError(
                 f"{where}: unknown key {key!r}",
-                hint=_suggest(key, known) or f"one of {', '.join(sorted(known))}",
+                hint=suggest(key, known) or f"one of {', '.join(sorted(known))}",
             )
         read[item.name] = item.coerce(value, f"{where}: {key}")
     return read
@@ -168,7 +168,7 @@ def from_environment(config: type, environ: Mapping[str, str]) -> dict[str, Any]
 def to_environment(config: type, values: Mapping[str, Any]) -> dict[str, str]:
     """Write settings to environment variables, so that `from_environment` reads the same values."""
     return {
-        item.env: _as_text(values[item.name])
+        item.env: as_text(values[item.name])
         for item in settings_of(config)
         if item.env and values.get(item.name) is not None
     }
@@ -239,7 +239,8 @@ def _convert_one(value: Any, kind: Any) -> Any:
     return value if isinstance(kind, type) and isinstance(value, kind) else dataclasses.MISSING
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Write a value as flags and variables hold it; `Setting.coerce` reads it back."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
     return str(value.value if isinstance(value, enum.Enum) else value)
@@ -258,6 +259,7 @@ def _describe(kind: Any) -> str:
     )
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return `did you mean …?` with the nearest known name; empty if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else ""
