@@ -146,7 +146,7 @@ def _faulty_probes(installed: Installed) -> Iterable[Finding]:
             level="warning",
             subject=f"{kind} {name}",
             message=installed.probe(entry.spec).reason,
-            remedy=f"report it to the authors of {entry.plugin}: a probe answers with a reason, and never raises",
+            remedy=f"tell the authors of {entry.plugin}: a probe gives a reason, and never raises",
         )
 
 

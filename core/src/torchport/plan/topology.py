@@ -43,9 +43,11 @@ def _build(spec: LauncherSpec, installed: Installed) -> Launcher | None:
     try:
         launcher: Launcher = load_reference(spec.factory)(spec)
     except Exception as error:
-        installed.warnings.append(
+        sentence = (
             f"launcher {spec.name!r} could not be asked for the place of this process in a job:"
             f" {type(error).__name__}: {error} (see torchport doctor)"
         )
+        if sentence not in installed.warnings:
+            installed.warnings.append(sentence)
         return None
     return launcher
