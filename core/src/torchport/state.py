@@ -93,7 +93,6 @@ class PartialState(ProcessControl):
         """End the run, so that the next state or accelerator starts anew."""
         if Runtime.current is not None:
             Runtime.current.close()
-        AcceleratorState._precision_plan = None
         GradientState._shared.clear()
 
     def __repr__(self) -> str:
@@ -130,7 +129,6 @@ class AcceleratorState(PartialState):
         **kwargs: As for `PartialState`.
     """
 
-    _precision_plan: Plan | None = None
 
     def __init__(self, mixed_precision: str | None = None, cpu: bool = False, **kwargs: Any) -> None:
         if mixed_precision is not None and self.initialized and self.plan.precision != mixed_precision:

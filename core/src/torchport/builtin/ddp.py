@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +43,20 @@ class DdpStrategy(Strategy):
         replicas = [model for model in models if isinstance(model, DistributedDataParallel)]
         return Join(replicas) if replicas else nullcontext()
 
+    @contextmanager
+    def trigger_sync_in_backward(self, model: torch.nn.Module) -> Iterator[None]:
+        """Let the next backward exchange gradients, though its forwards ran under `no_sync`."""
+        if not isinstance(model, DistributedDataParallel):
+            yield
+            return
+        before = model.require_backward_grad_sync
+        model.require_backward_grad_sync = True
+        model.reducer.prepare_for_backward([])
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync = before
+
     def _replicate(self, model: torch.nn.Module, place: bool, request: PrepareRequest) -> torch.nn.Module:
         context = request.context
         if place:
@@ -50,7 +64,7 @@ class DdpStrategy(Strategy):
         if isinstance(model, DistributedDataParallel):
             context.precision.apply(model.module, context)
             return model
-        model = context.precision.apply(model, context).model
+        model = context.precision.apply(model, context)
         if request.evaluation_only or not any(p.requires_grad for p in model.parameters()):
             return model  # nothing to average
         index = context.device.index

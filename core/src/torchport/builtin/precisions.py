@@ -12,15 +12,15 @@ import torch
 from torchport.config.kwargs import AutocastKwargs, GradScalerKwargs, first_of
 from torchport.ops.pytree import convert_to_fp32
 from torchport.plugin.context import RunContext
-from torchport.plugin.precision import Precision, PrecisionBinding
+from torchport.plugin.precision import Precision
 
 
 class FullPrecision(Precision):
     """Every tensor keeps its own dtype; the model is left as it is."""
 
-    def apply(self, model: torch.nn.Module, context: RunContext) -> PrecisionBinding:
+    def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
         """Return the model itself."""
-        return PrecisionBinding(model=model)
+        return model
 
 
 class Autocast(Precision):
@@ -28,9 +28,8 @@ class Autocast(Precision):
 
     dtype: torch.dtype
 
-    def apply(self, model: torch.nn.Module, context: RunContext) -> PrecisionBinding:
+    def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
         """Bind the model's `forward` to the autocast context."""
-        own = model.__dict__.get("forward")
         forward = model.forward
         cast = self.forward_context(context)
 
@@ -40,14 +39,18 @@ class Autocast(Precision):
                 outputs = forward(*args, **kwargs)
             return convert_to_fp32(outputs)
 
-        def restore() -> None:
-            if own is not None:
-                model.forward = own
-            else:
-                model.__dict__.pop("forward", None)
-
         model.forward = autocast_forward
-        return PrecisionBinding(model=model, restore=restore)
+        return model
+
+    def restore(self, model: torch.nn.Module) -> None:
+        """Give the model its own `forward` back."""
+        own = getattr(model.__dict__.get("forward"), "__wrapped__", None)
+        if own is None:
+            return
+        if getattr(own, "__func__", None) is type(model).forward:
+            del model.forward
+        else:
+            model.forward = own
 
     def forward_context(
         self, context: RunContext, options: Any = None

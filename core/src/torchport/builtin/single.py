@@ -13,7 +13,7 @@ class SingleStrategy(Strategy):
         """Move models to the device and bind them to the precision."""
         context = request.context
         models = [
-            context.precision.apply(model.to(context.device) if place else model, context).model
+            context.precision.apply(model.to(context.device) if place else model, context)
             for model, place in zip(request.models, request.device_placement, strict=True)
         ]
         return bind_step(request, models)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torchport.plugin.collectives import Collectives
     from torchport.plugin.context import RunContext
     from torchport.plugin.launcher import Job, Launcher
-    from torchport.plugin.precision import Precision, PrecisionBinding
+    from torchport.plugin.precision import Precision
     from torchport.plugin.quantizer import Quantizer
     from torchport.plugin.strategy import Prepared, PrepareRequest, Strategy
     from torchport.plugin.tracker import Tracker
@@ -50,7 +50,6 @@ _INTERFACES = {
     "Job": "launcher",
     "Launcher": "launcher",
     "Precision": "precision",
-    "PrecisionBinding": "precision",
     "PrepareRequest": "strategy",
     "Prepared": "strategy",
     "Quantizer": "quantizer",
@@ -76,7 +75,6 @@ __all__ = [
     "Launcher",
     "LauncherSpec",
     "Precision",
-    "PrecisionBinding",
     "PrecisionSpec",
     "PrepareRequest",
     "Prepared",

@@ -35,17 +35,12 @@ def bind_step(
         clip_grad_norm: Clips by total norm, where the norm needs communication.
     """
     chosen = tuple(request.optimizers if optimizers is None else optimizers)
-    backend, scaler = request.context.backend, request.context.precision.scaler
+    backend, precision = request.context.backend, request.context.precision
 
     def gradients() -> list[torch.Tensor]:
         owned = [p for model in models for p in model.parameters()]
         owned += [p for optimizer in chosen for group in optimizer.param_groups for p in group["params"]]
         return list({id(p): p.grad for p in owned if p.grad is not None}.values())
-
-    def scale_gradients(factor: Any) -> None:
-        found = gradients()
-        if found:
-            torch._foreach_mul_(found, factor)
 
     def zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool) -> None:
         optimizer.zero_grad(set_to_none)
@@ -54,7 +49,10 @@ def bind_step(
         backend.optimizer_step(optimizer, closure)
         return True
 
-    scaled = ScaledStep(scaler, chosen) if scaler is not None else None
+    if precision.scaler is not None:
+        precision.scaling = precision.scaling or ScaledStep(precision.scaler)
+        precision.scaling.add(chosen)
+    scaled = precision.scaling
     return Prepared(
         models=tuple(models),
         optimizers=chosen,
@@ -64,7 +62,7 @@ def bind_step(
         no_sync=no_sync,
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=torch.nn.utils.clip_grad_value_,
-        scale_gradients=scale_gradients,
+        gradients=gradients,
         unscale_gradients=_nothing_to_unscale if scaled is None else scaled.unscale,
     )
 
@@ -80,13 +78,18 @@ class ScaledStep:
     so that all optimizers of a round divide by the same scale.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
         self.applied: dict[int, bool] = {}
         self.unscaled: set[int] = set()
-        self.optimizers = {id(optimizer): optimizer for optimizer in optimizers}
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+
+    def add(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take part in the steps of further optimizers."""
         for optimizer in optimizers:
-            optimizer.register_step_post_hook(self._note_applied)
+            if id(optimizer) not in self.optimizers:
+                self.optimizers[id(optimizer)] = optimizer
+                optimizer.register_step_post_hook(self._note_applied)
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """Compute gradients of the scaled loss."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,20 +12,8 @@ import torch
 from torchport.plugin.specs import PrecisionSpec
 
 if TYPE_CHECKING:
+    from torchport.plugin.binding import ScaledStep
     from torchport.plugin.context import RunContext
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrecisionBinding:
-    """A model bound to a precision.
-
-    Attributes:
-        model: The model to train: the same object, or a converted one.
-        restore: Undoes on `model` what binding did to it, for saving or handing it back to the user.
-    """
-
-    model: torch.nn.Module
-    restore: Callable[[], None] = lambda: None
 
 
 class Precision(ABC):
@@ -40,6 +27,9 @@ class Precision(ABC):
     scaler: torch.amp.GradScaler | None = None
     """The loss scaler, where the format needs one. Set by `open`."""
 
+    scaling: ScaledStep | None = None
+    """The loss scaling that `bind_step` shares between all optimizers of the run."""
+
     def __init__(self, spec: PrecisionSpec, config: Any = None) -> None:
         self.spec = spec
         self.config = config
@@ -48,8 +38,14 @@ class Precision(ABC):
         """Get ready for a run; called once, before any model is bound."""
 
     @abstractmethod
-    def apply(self, model: torch.nn.Module, context: RunContext) -> PrecisionBinding:
-        """Bind `model` to this format; called once for each prepared model, before it is distributed."""
+    def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
+        """Bind `model` to this format and return it, or a converted one.
+
+        Called once for each prepared model, before it is distributed.
+        """
+
+    def restore(self, model: torch.nn.Module) -> None:
+        """Undo on a model what `apply` did to it, for saving it or handing it back to the user."""
 
     def forward_context(
         self, context: RunContext, options: Any = None

@@ -65,7 +65,7 @@ class Prepared:
     no_sync: Callable[[torch.nn.Module], AbstractContextManager[Any]]
     clip_grad_norm: Callable[[Iterable[torch.Tensor], float, float], torch.Tensor]
     clip_grad_value: Callable[[Iterable[torch.Tensor], float], None]
-    scale_gradients: Callable[[Any], None]
+    gradients: Callable[[], list[torch.Tensor]]
     unscale_gradients: Callable[[torch.optim.Optimizer | None], None]
     owns_accumulation: bool = False
 

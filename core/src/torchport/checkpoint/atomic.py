@@ -1,0 +1,143 @@
+"""Write a folder so that it is there whole or not at all.
+
+Files are written to a temporary folder beside the target and flushed to disk; a manifest with their sizes and
+checksums comes last; then one rename puts the folder in place. A crash at any instant leaves the previous folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from torchport.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+_HERE = -100  # AT_FDCWD
+
+
+def make_folder(folder: Path, target: Path) -> None:
+    """Make the temporary folder in which `target` is written.
+
+    Raises:
+        CheckpointError: if the parent folder cannot be made or written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {target} cannot be written",
+            reason=f"{type(error).__name__}: {error.strerror or error} ({error.filename})",
+            hint="a folder that exists and can be written to",
+        ) from error
+
+
+def checksum(path: Path) -> str:
+    """Return the CRC-32 of a file, as eight hexadecimal digits."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and checksum of each file of a folder, by its path inside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": checksum(path)} for path in files
+    }
+
+
+def flush(path: Path) -> None:
+    """Make the system write a file, or a folder's list of files, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(folder: Path, target: Path, facts: dict[str, Any]) -> None:
+    """Flush a folder, complete it with a manifest, and put it in place of `target`.
+
+    Args:
+        folder: The temporary folder, with all files written.
+        target: Where it goes; an older folder there is replaced.
+        facts: What else the manifest should say.
+    """
+    files = describe(folder)
+    for name in files:
+        flush(folder / name)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n")
+    flush(manifest)
+    flush(folder)
+    if target.exists():
+        _exchange(folder, target)
+        flush(target.parent)
+        shutil.rmtree(folder)
+    else:
+        folder.rename(target)
+        flush(target.parent)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check a folder against its manifest, and return the manifest.
+
+    Raises:
+        CheckpointError: if the manifest or a file is missing, or a file differs from what was written.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        beside = sorted(p.name for p in folder.parent.glob("*") if (p / MANIFEST).is_file()) if folder.parent.is_dir() else []
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint",
+            found="no such folder" if not folder.is_dir() else f"no {MANIFEST} in it",
+            hint=f"complete checkpoints beside it: {', '.join(beside)}" if beside else "",
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        listed = dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the manifest of {folder} cannot be read", reason=str(error)) from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} was written in checkpoint format {manifest.get('format')}",
+            found=f"this version reads format {FORMAT}",
+        )
+    for name, facts in listed.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"the manifest of {folder} refers to {name!r}, outside its folder")
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is damaged", found=f"{name} is missing")
+        if file.stat().st_size != facts["size"]:
+            raise CheckpointError(
+                f"{folder} is damaged", found=f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
+            )
+        if checksum(file) != facts["crc32"]:
+            raise CheckpointError(f"{folder} is damaged", found=f"the contents of {name} differ from what was written")
+    return manifest
+
+
+def _exchange(folder: Path, target: Path) -> None:
+    """Exchange two folders in one step, where the system can; else in two renames."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        rename = getattr(libc, "renameat2", None)
+        if rename is not None and rename(_HERE, os.fsencode(folder), _HERE, os.fsencode(target), _EXCHANGE) == 0:
+            return
+    older = target.with_name(f".{target.name}.older-{secrets.token_hex(4)}")
+    target.rename(older)
+    folder.rename(target)
+    older.rename(folder)

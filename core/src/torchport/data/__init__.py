@@ -1,0 +1,1 @@
+"""Loaders that share a data set out over processes."""

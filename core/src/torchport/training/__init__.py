@@ -1,0 +1,1 @@
+"""What wraps a training step: accumulation windows, optimizers and schedulers, random numbers."""
