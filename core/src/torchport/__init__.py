@@ -10,19 +10,65 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchport.accelerator import Accelerator
+    from torchport.builtin.ddp_config import DDPCommunicationHookType, DistributedDataParallelKwargs
+    from torchport.config.kwargs import (
+        AutocastKwargs,
+        DataLoaderConfiguration,
+        GradientAccumulationPlugin,
+        GradScalerKwargs,
+        InitProcessGroupKwargs,
+        ProfileKwargs,
+        ProjectConfiguration,
+    )
+    from torchport.data.loader import skip_first_batches
+    from torchport.distributed_type import DistributedType
+    from torchport.errors import TorchportError
     from torchport.state import AcceleratorState, GradientState, PartialState
+    from torchport.training.random import set_seed
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Accelerator": "torchport.accelerator",
     "AcceleratorState": "torchport.state",
+    "AutocastKwargs": "torchport.config.kwargs",
+    "DDPCommunicationHookType": "torchport.builtin.ddp_config",
+    "DataLoaderConfiguration": "torchport.config.kwargs",
+    "DistributedDataParallelKwargs": "torchport.builtin.ddp_config",
+    "DistributedType": "torchport.distributed_type",
+    "GradScalerKwargs": "torchport.config.kwargs",
+    "GradientAccumulationPlugin": "torchport.config.kwargs",
     "GradientState": "torchport.state",
+    "InitProcessGroupKwargs": "torchport.config.kwargs",
     "PartialState": "torchport.state",
+    "ProfileKwargs": "torchport.config.kwargs",
+    "ProjectConfiguration": "torchport.config.kwargs",
+    "TorchportError": "torchport.errors",
+    "set_seed": "torchport.training.random",
+    "skip_first_batches": "torchport.data.loader",
 }
 """Public names and the modules that define them."""
 
-__all__ = ["Accelerator", "AcceleratorState", "GradientState", "PartialState", "__version__"]
+__all__ = [
+    "Accelerator",
+    "AcceleratorState",
+    "AutocastKwargs",
+    "DDPCommunicationHookType",
+    "DataLoaderConfiguration",
+    "DistributedDataParallelKwargs",
+    "DistributedType",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "GradientState",
+    "InitProcessGroupKwargs",
+    "PartialState",
+    "ProfileKwargs",
+    "ProjectConfiguration",
+    "TorchportError",
+    "__version__",
+    "set_seed",
+    "skip_first_batches",
+]
 
 
 def __getattr__(name: str) -> Any:

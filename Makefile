@@ -1,0 +1,37 @@
+# Everything runs in .venv, which the first target that needs it creates. `make demo` and `make test` need nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MEMBERS := pyproject.toml core/pyproject.toml plugins/cpu/pyproject.toml requirements-dev.txt
+
+.PHONY: demo test lint bench docs clean
+
+$(READY): $(MEMBERS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core -e plugins/cpu
+	@touch $@
+
+demo: $(READY)
+	@rm -rf demo-run
+	@$(BIN)/torchport launch --num-processes 2 docs/examples/digits.py --output-dir demo-run
+
+lint: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/python -m pytest
+
+bench: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@$(BIN)/python tests/benchmarks/run.py
+
+docs: $(READY)
+	@$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

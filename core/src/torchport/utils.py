@@ -1,0 +1,63 @@
+"""The documented utilities, under the names that users know; each is imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    # settings
+    "AutocastKwargs": "torchport.config.kwargs",
+    "DataLoaderConfiguration": "torchport.config.kwargs",
+    "DDPCommunicationHookType": "torchport.builtin.ddp_config",
+    "DistributedDataParallelKwargs": "torchport.builtin.ddp_config",
+    "GradScalerKwargs": "torchport.config.kwargs",
+    "GradientAccumulationPlugin": "torchport.config.kwargs",
+    "InitProcessGroupKwargs": "torchport.config.kwargs",
+    "KwargsHandler": "torchport.config.kwargs",
+    "ProfileKwargs": "torchport.config.kwargs",
+    "ProjectConfiguration": "torchport.config.kwargs",
+    # labels and errors
+    "DistributedOperationException": "torchport.errors",
+    "DistributedType": "torchport.distributed_type",
+    # nested structures of tensors
+    "concatenate": "torchport.ops.pytree",
+    "convert_outputs_to_fp32": "torchport.ops.pytree",
+    "convert_to_fp32": "torchport.ops.pytree",
+    "find_batch_size": "torchport.ops.pytree",
+    "honor_type": "torchport.ops.pytree",
+    "listify": "torchport.ops.pytree",
+    "recursively_apply": "torchport.ops.pytree",
+    "send_to_device": "torchport.ops.pytree",
+    "slice_tensors": "torchport.ops.pytree",
+    # across processes
+    "broadcast": "torchport.ops.exchange",
+    "broadcast_object_list": "torchport.ops.exchange",
+    "gather": "torchport.ops.exchange",
+    "gather_object": "torchport.ops.exchange",
+    "pad_across_processes": "torchport.ops.exchange",
+    "reduce": "torchport.ops.exchange",
+    "wait_for_everyone": "torchport.ops.exchange",
+    # random numbers
+    "set_seed": "torchport.training.random",
+    "synchronize_rng_state": "torchport.training.random",
+    "synchronize_rng_states": "torchport.training.random",
+    # file names inside a checkpoint
+    "MODEL_NAME": "torchport.checkpoint.state",
+    "OPTIMIZER_NAME": "torchport.checkpoint.state",
+    "RNG_STATE_NAME": "torchport.checkpoint.state",
+    "SCALER_NAME": "torchport.checkpoint.state",
+    "SCHEDULER_NAME": "torchport.checkpoint.state",
+}
+
+__all__ = sorted(_EXPORTS)  # noqa: PLE0605 - the table above
+
+
+def __getattr__(name: str) -> Any:
+    """Import a utility when it is first used."""
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
