@@ -16,10 +16,10 @@ from torchport.plugin.tracker import Tracker
 class JsonLinesTracker(Tracker):
     """Appends one JSON object a line to `<logging_dir>/<run_name>.jsonl`.
 
-    Each line has `time` (seconds since 1970), `step` where one was given, and the metrics under their names. A
-    line is handed to the operating system as soon as it is logged, so `tail -f` follows the training and a
-    crash loses nothing. Tensors and arrays of one element become numbers, larger ones lists; not-a-number and
-    the infinities, which JSON does not know, become the texts `"nan"`, `"inf"` and `"-inf"`.
+    Each line has `time` (seconds since 1970), `step` where one was given, and the metrics by name. A line is
+    handed to the operating system at once, so `tail -f` follows the training and a crash loses
+    nothing. Tensors and arrays of one element become numbers, larger ones lists; not-a-number and the
+    infinities, which JSON does not know, become the texts `"nan"`, `"inf"` and `"-inf"`.
 
     A run that is started again appends to the same file.
     """
