@@ -1,4 +1,4 @@
-"""Settings that installed plugins bring to a launch: their flags, their sections of the file, their variables."""
+"""Settings that installed plugins bring to a launch: flags, sections of the file, environment variables."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ class Job:
         log_dir: Folder for one file per rank and stream; empty means none.
         tee: Which streams appear on the console: 0 none, 1 standard output, 2 standard error, 3 both.
         log_prefix: Whether each line on the console starts with the rank that wrote it.
+        quiet: Whether the launcher adds nothing of its own to the failing rank's error.
         max_restarts: How often the whole group of workers is started again after a failure.
         monitor_interval: Seconds between two looks at the workers, for launchers that poll.
         rdzv_backend: Rendezvous method of the elastic agent (`"static"`, `"c10d"`, `"etcd"`).
@@ -45,6 +46,7 @@ class Job:
     log_dir: str = ""
     tee: int = 3
     log_prefix: bool = True
+    quiet: bool = False
     max_restarts: int = 0
     monitor_interval: float = 0.1
     rdzv_backend: str = "static"
