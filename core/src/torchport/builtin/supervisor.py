@@ -11,12 +11,13 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from torchport.builtin.console import STDERR, STDOUT, Console, RankStream
 from torchport.builtin.local import cannot_execute
+from torchport.builtin.processes import FORWARDED, Signals, dying_with_parent, exit_code_of, terminal_columns
 from torchport.errors import LaunchError
 from torchport.plugin.launcher import Job
 
@@ -42,8 +43,6 @@ PROMPT_DELAY = 0.15
 """Seconds after which an unfinished line is shown."""
 
 _HEARTBEAT = 1.0
-_FORWARDED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -102,7 +101,7 @@ class Supervisor:
         Raises:
             LaunchError: if a worker cannot be started.
         """
-        with _Signals() as signals:
+        with Signals() as signals:
             self._selector.register(signals.descriptor, selectors.EVENT_READ, None)
             try:
                 self._start()
@@ -119,8 +118,8 @@ class Supervisor:
     # --- starting ---
 
     def _start(self) -> None:
-        die_with_parent = _die_with_parent()
-        columns = _columns()
+        die_with_parent = dying_with_parent()
+        columns = terminal_columns()
         for rank, environ in enumerate(self.environs):
             if columns:
                 environ.setdefault("COLUMNS", str(columns - len(f"[rank{rank}]: ") * self.job.log_prefix))
@@ -156,7 +155,7 @@ class Supervisor:
 
     # --- one turn of the loop ---
 
-    def _turn(self, signals: _Signals) -> None:
+    def _turn(self, signals: Signals) -> None:
         """Wait for something to happen and deal with it: ends of processes, then output, then clocks."""
         ready = self._selector.select(self._timeout())
         for number in signals.take():
@@ -233,7 +232,7 @@ class Supervisor:
 
     def _reap(self, worker: Worker) -> None:
         """Notice that a worker has exited; end what it left running; read its last words."""
-        code = _exit_code_of(worker.process)
+        code = exit_code_of(worker.process)
         if code is None:
             return
         # While the exited leader is not reaped, its process group cannot be somebody else's.
@@ -296,7 +295,7 @@ class Supervisor:
     # --- stopping ---
 
     def _on_signal(self, number: int) -> None:
-        if number in _FORWARDED:
+        if number in FORWARDED:
             for worker in self.workers:
                 if worker.alive:
                     worker.process.send_signal(number)
@@ -366,75 +365,3 @@ def describe_exit(returncode: int) -> str:
         "SIGSEGV": ": PYTHONFAULTHANDLER=1 shows where",
     }.get(name, "")
     return f"killed by {name}{advice}"
-
-
-class _Signals:
-    """Turns signals into something that a selector can wait for, while it is open."""
-
-    def __init__(self) -> None:
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        self.descriptor, self._writer = os.pipe()
-        os.set_blocking(self.descriptor, False)
-        os.set_blocking(self._writer, False)
-        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, *_FORWARDED]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            wanted.append(signal.SIGHUP)
-        for number in wanted:
-            self._previous[number] = signal.signal(number, lambda *_: None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self.descriptor)
-        os.close(self._writer)
-
-    def take(self) -> list[int]:
-        """Return the signals that came since the last call, without those about children."""
-        try:
-            return [number for number in os.read(self.descriptor, 4096) if number != signal.SIGCHLD]
-        except BlockingIOError:
-            return []
-
-
-def _exit_code_of(process: subprocess.Popen[bytes]) -> int | None:
-    """Return the exit code of `process`, or the signal that killed it as a negative number; `None` if it runs.
-
-    The process is not reaped where the system allows that.
-    """
-    if not hasattr(os, "waitid"):
-        return process.poll()
-    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if ended is None:
-        return None
-    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-
-
-def _columns() -> int:
-    """Return the width of the terminal that the workers' output ends up on; 0 if there is none."""
-    for descriptor in (STDOUT, STDERR):
-        with contextlib.suppress(OSError):
-            return os.get_terminal_size(descriptor).columns
-    return 0
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return what a new process must do so that it dies with this one (Linux: prctl(2)); `None` elsewhere."""
-    import ctypes
-
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (OSError, AttributeError):
-        return None
-    parent = os.getpid()
-
-    def arrange() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
-
-    return arrange

@@ -12,7 +12,7 @@ import yaml
 from torchport import aliases
 from torchport.config import schema
 from torchport.config.launch import LaunchConfig
-from torchport.config.layers import Layer
+from torchport.config.layers import Layer, check_inert
 from torchport.errors import ConfigurationError
 
 
@@ -101,17 +101,6 @@ def _read_key(layer: Layer, known: Mapping[str, str], key: str, value: Any, wher
             layer.put("launcher", aliases.LAUNCHER_SECTIONS[key], where)
     else:
         layer.sections[key] = value
-
-
-def check_inert(inert: aliases.Inert, value: Any, where: str) -> None:
-    """Accept a documented key or flag that asks for nothing.
-
-    Raises:
-        ConfigurationError: if it asks for something: nothing that was asked for is ignored.
-    """
-    text = "" if value in (None, [], {}) else str(value).strip().lower()
-    if text and text not in inert.accepted:
-        raise ConfigurationError(f"{where}: {value!r} is not supported", hint=inert.instead)
 
 
 def _label(table: Mapping[str, Mapping[str, str]], value: Any, where: str) -> Mapping[str, str]:

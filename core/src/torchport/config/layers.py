@@ -115,7 +115,8 @@ def resolve(flags: Layer, environ: Mapping[str, str]) -> Resolved:
                 was = origins.get(variable, variable)
                 overrides.append(f"{layer.origins[name]} ({name}={text}) overrides {was}={environ[variable]}")
             exported[variable], origins[variable] = text, layer.origins[name]
-    exported[envvars.ORIGINS] = envvars.format_origins(origins)
+    if origins:
+        exported[envvars.ORIGINS] = envvars.format_origins(origins)
     return Resolved(
         config=LaunchConfig(**values),
         origins=file.origins | from_variables | flags.origins,
@@ -123,3 +124,14 @@ def resolve(flags: Layer, environ: Mapping[str, str]) -> Resolved:
         overrides=tuple(overrides),
         sections=file.sections,
     )
+
+
+def check_inert(inert: aliases.Inert, value: Any, where: str) -> None:
+    """Accept a documented key or flag that asks for nothing.
+
+    Raises:
+        ConfigurationError: if it asks for something: nothing that was asked for is ignored.
+    """
+    text = "" if value in (None, [], {}) else str(value).strip().lower()
+    if text and text not in inert.accepted:
+        raise ConfigurationError(f"{where}: {value!r} is not supported", hint=inert.instead)

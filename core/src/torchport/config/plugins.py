@@ -118,7 +118,8 @@ def apply_settings(
                 origins[item.env] = f"--{flag}"
             if item.yaml:
                 sections.setdefault(plugin.section, {})[item.yaml] = converted
-    environ[envvars.ORIGINS] = envvars.format_origins(origins)
+    if origins:
+        environ[envvars.ORIGINS] = envvars.format_origins(origins)
     return dataclasses.replace(resolved, environ=environ, sections=sections)
 
 

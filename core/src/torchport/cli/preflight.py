@@ -1,0 +1,197 @@
+"""What can be known to fail before any process is started."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.machinery
+import importlib.util
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from torchport.config.layers import Resolved
+from torchport.errors import ConfigurationError, LaunchError
+
+
+def worker_command(resolved: Resolved, script: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the command line of one worker.
+
+    Raises:
+        LaunchError: if the script, module or program does not exist.
+        ConfigurationError: if `--module` and `--no-python` are both given.
+    """
+    config = resolved.config
+    if config.module and config.no_python:
+        raise ConfigurationError("--module and --no-python exclude each other", hint="leave out one of them")
+    if config.no_python:
+        _check_program(script)
+        return (script, *arguments)
+    if config.module:
+        _check_module(script)
+        return (sys.executable, "-m", script, *arguments)
+    _check_script(script)
+    return (sys.executable, script, *arguments)
+
+
+def check_shape(resolved: Resolved, num_processes: int) -> None:
+    """Check the numbers of processes and machines.
+
+    Raises:
+        ConfigurationError: naming where each number came from.
+    """
+    config, origins = resolved.config, resolved.origins
+    for name, value in (("num_processes", num_processes), ("num_machines", config.num_machines)):
+        if value < 1:
+            raise ConfigurationError(f"{origins.get(name, name)} must be at least 1", found=str(value))
+    threads = config.num_cpu_threads_per_process
+    if threads is not None and threads < 1:
+        raise ConfigurationError(
+            f"{origins['num_cpu_threads_per_process']} must be at least 1", found=str(threads)
+        )
+    if num_processes % config.num_machines:
+        raise ConfigurationError(
+            f"{num_processes} processes cannot be divided among {config.num_machines} machines",
+            reason="num_processes counts those of all machines, and each machine runs the same number",
+            hint=f"--num-processes {max(1, num_processes // config.num_machines) * config.num_machines}",
+        )
+    if not 0 <= config.machine_rank < config.num_machines:
+        raise ConfigurationError(
+            f"{origins.get('machine_rank', 'machine_rank')} must be from 0 to {config.num_machines - 1}",
+            found=str(config.machine_rank),
+            reason=f"there are {config.num_machines} machines ({origins.get('num_machines', 'the default')})",
+        )
+    if config.max_restarts < 0:
+        raise ConfigurationError(
+            f"{origins['max_restarts']} must not be negative", found=str(config.max_restarts)
+        )
+
+
+def check_port(resolved: Resolved) -> None:
+    """Check that the port at which processes meet is free, on the machine that will listen there.
+
+    Raises:
+        LaunchError: if it is in use or may not be used.
+        ConfigurationError: if it is not a port.
+    """
+    config, origin = resolved.config, resolved.origins.get("main_process_port", "")
+    port = config.main_process_port
+    if not 0 <= port <= 65535:
+        raise ConfigurationError(f"{origin} must be a TCP port from 1 to 65535", found=str(port))
+    if not port or config.machine_rank != 0:
+        return
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError as error:
+        raise LaunchError(
+            f"{origin} asks for port {port}, which cannot be used",
+            reason=error.strerror or str(error),
+            hint="another port, or none on a single machine: a free one is taken",
+        ) from error
+
+
+def check_log_dir(resolved: Resolved) -> str:
+    """Make the folder for log files if need be, and return its absolute path.
+
+    Raises:
+        LaunchError: if nothing can be written there.
+    """
+    if not resolved.config.log_dir:
+        return ""
+    folder = Path(resolved.config.log_dir).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LaunchError(
+            f"{resolved.origins['log_dir']}: nothing can be written in {str(folder)!r}",
+            reason=error.strerror or str(error),
+        ) from error
+    return str(folder)
+
+
+def _check_script(script: str) -> None:
+    path = Path(script)
+    if path.is_file():
+        return
+    if path.is_dir():
+        if (path / "__main__.py").is_file():
+            return
+        scripts = sorted(entry.name for entry in path.glob("*.py"))
+        raise LaunchError(
+            f"the script {script!r} is a folder without a __main__.py",
+            found=", ".join(scripts[:5]) or "no Python files in it",
+            hint=f"torchport launch {path / scripts[0]}" if scripts else "",
+        )
+    folder = path.parent
+    if not folder.is_dir():
+        raise LaunchError(
+            f"the script {script!r} does not exist", reason=f"there is no folder {str(folder)!r}"
+        )
+    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".py")
+    near = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"did you mean {str(folder / near[0])!r}?" if near else ""
+    if not near and "/" not in script and not path.suffix:
+        hint = f"for a module: torchport launch -m {script}; for a program: torchport launch --no-python {script}"
+    raise LaunchError(
+        f"the script {script!r} does not exist",
+        found=f"in {str(folder.absolute())!r}: {', '.join(names[:5]) or 'no Python files'}",
+        hint=hint,
+    )
+
+
+def _check_program(program: str) -> None:
+    if shutil.which(program) is None:
+        exists = Path(program).exists()
+        raise LaunchError(
+            f"the program {program!r} {'is not executable' if exists else 'was not found'}",
+            hint=f"chmod +x {program}, or leave out --no-python" if exists else "its path, such as ./program",
+        )
+
+
+def _check_module(name: str) -> None:
+    """Look for a module as `python -m` would, without importing its packages: that may take seconds."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        problem = _find_module(name)
+    finally:
+        sys.path.pop(0)
+    if problem:
+        hint = ""
+        if name.endswith(".py"):
+            hint = f"a module is named without .py; for a file leave out -m: torchport launch {name}"
+        raise LaunchError(f"the module {name!r} cannot be run", reason=problem, hint=hint)
+
+
+def _find_module(name: str) -> str:
+    """Say why `python -m name` would fail; empty if it would not."""
+    parts = name.split(".")
+    try:
+        spec = importlib.util.find_spec(parts[0]) if all(parts) else None
+    except (ImportError, ValueError):
+        spec = None
+    for end in range(2, len(parts) + 1):
+        if spec is None:
+            break
+        if spec.submodule_search_locations is None:
+            return f"{spec.name} is a module, not a package"
+        spec = _find_submodule(".".join(parts[:end]), list(spec.submodule_search_locations))
+    if spec is None:
+        return f"no module named {name!r} in {str(Path.cwd())!r} or among the installed packages"
+    if spec.submodule_search_locations is not None:
+        locations = list(spec.submodule_search_locations)
+        if _find_submodule(f"{name}.__main__", locations) is None:
+            return f"{name!r} is a package without a __main__ module"
+    return ""
+
+
+def _find_submodule(name: str, locations: list[str]) -> importlib.machinery.ModuleSpec | None:
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, locations)
+        if spec is not None:
+            return spec
+    return None
