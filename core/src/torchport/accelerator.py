@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,23 +14,28 @@ from torch.utils.data import DataLoader
 
 from torchport import envvars
 from torchport.aliases import resolve_keywords
-from torchport.checkpoint import state as checkpoint
-from torchport.config.kwargs import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
-from torchport.data.loader import prepare_data_loader
+from torchport.checkpoint.project import Checkpoints, HookHandle
+from torchport.checkpoint.state import Contents
+from torchport.checkpoint.weights import save_weights
+from torchport.config.kwargs import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProfileKwargs,
+    ProjectConfiguration,
+    first_of,
+)
 from torchport.data.samplers import BatchSamplerShard
 from torchport.distributed_type import DistributedType
-from torchport.errors import CheckpointError, ConfigurationError
+from torchport.errors import ConfigurationError
 from torchport.ops import exchange
-from torchport.ops.pytree import is_tensor, recursively_apply, slice_tensors
 from torchport.plan.selection import Plan, Request
 from torchport.plugin.backend import Backend
 from torchport.plugin.specs import Topology
-from torchport.plugin.strategy import Prepared, PrepareRequest
 from torchport.process_control import ProcessControl
-from torchport.runtime import Runtime
+from torchport.runtime import Runtime, check_handlers
 from torchport.state import AcceleratorState, GradientState
-from torchport.training.accumulation import AccumulationWindow
 from torchport.training.optimizer import AcceleratedOptimizer
+from torchport.training.preparation import Preparation
 from torchport.training.scheduler import AcceleratedScheduler
 
 
@@ -85,10 +89,10 @@ class Accelerator(ProcessControl):
         **aliases: Any,
     ) -> None:
         slots = {"backend": backend, "strategy": strategy, "precision": precision, "collectives": collectives}
-        keywords = resolve_keywords(aliases, slots, known=_PARAMETERS)
-        handlers = (*(kwargs_handlers or ()), *keywords.handlers)
-        request = Request(arguments=keywords.slots, asked_by="Accelerator", handlers=handlers)
-        self._runtime = Runtime.open(request)
+        handlers = tuple(kwargs_handlers or ())
+        arguments = resolve_keywords(aliases, slots, known=_PARAMETERS)
+        self._runtime = Runtime.open(Request(arguments=arguments, asked_by="Accelerator", handlers=handlers))
+        check_handlers(handlers, self.plan)
         self.state = AcceleratorState()
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
@@ -100,20 +104,23 @@ class Accelerator(ProcessControl):
 
         accumulation = _accumulation(gradient_accumulation_steps, gradient_accumulation_plugin)
         self.gradient_state = GradientState(accumulation)
-        self._precision = self._runtime.precision()
-        self._context = self._runtime.context(self._precision, self.gradient_state.num_steps, handlers)
-        self._precision.open(self._context)
-        self._strategy = self._runtime.strategy()
-        marks_steps = type(self._runtime.backend).step_boundary is not Backend.step_boundary
-        self._window = AccumulationWindow(
-            self.gradient_state, self._context, self._runtime.backend.step_boundary if marks_steps else None
+        precision = self._runtime.precision()
+        self._context = self._runtime.context(precision, self.gradient_state.num_steps, handlers)
+        precision.open(self._context)
+        self._autocast = precision.forward_context(self._context)
+        self._contents = Contents(self._runtime, self._runtime.strategy(), precision)
+        self._checkpoints = Checkpoints(self._contents, self.project_configuration, self)
+        self._preparation = Preparation(
+            self._contents,
+            self._context,
+            self.gradient_state,
+            self.dataloader_config,
+            self.rng_types,
+            device_placement=device_placement,
+            step_scheduler_with_optimizer=step_scheduler_with_optimizer,
         )
-        self._autocast = self._precision.forward_context(self._context)
-        self._contents = checkpoint.Contents(self._runtime, self._strategy, self._precision)
-        self._save_hooks: list[Callable[..., Any]] = []
-        self._load_hooks: list[Callable[..., Any]] = []
         self._triggered = False
-        self._bind(self._strategy.prepare(PrepareRequest(models=(), optimizers=(), context=self._context)))
+        self._bind()
 
     # --- the run -----------------------------------------------------------------------------------------
 
@@ -150,7 +157,7 @@ class Accelerator(ProcessControl):
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler, where the precision has one."""
-        return self._precision.scaler
+        return self._context.precision.scaler
 
     @property
     def project_dir(self) -> str | None:
@@ -187,32 +194,8 @@ class Accelerator(ProcessControl):
         Raises:
             ConfigurationError: if `device_placement` has another length.
         """
-        placement = list(device_placement) if device_placement is not None else [None] * len(objects)
-        if len(placement) != len(objects):
-            raise ConfigurationError(
-                f"device_placement has {len(placement)} values for {len(objects)} objects", hint="one for each"
-            )
-        places = [self.device_placement if place is None else place for place in placement]
-        result = list(objects)
-        new_models = [i for i, o in enumerate(objects) if isinstance(o, torch.nn.Module) and not self._is_prepared(o)]
-        new_optimizers = [
-            i
-            for i, o in enumerate(objects)
-            if isinstance(o, torch.optim.Optimizer) and not isinstance(o, AcceleratedOptimizer)
-        ]
-        if new_models or new_optimizers:
-            prepared = self._prepare_step(
-                [objects[i] for i in new_models], [objects[i] for i in new_optimizers], [places[i] for i in new_models]
-            )
-            for i, model in zip(new_models, prepared.models, strict=True):
-                result[i] = model
-            for i, optimizer in zip(new_optimizers, self._wrap_optimizers(prepared), strict=True):
-                result[i] = optimizer
-        for i, thing in enumerate(objects):
-            if isinstance(thing, DataLoader):
-                result[i] = self.prepare_data_loader(thing, device_placement=places[i])
-            elif _is_scheduler(thing):
-                result[i] = self.prepare_scheduler(thing)
+        result = self._preparation.all(objects, device_placement)
+        self._bind()
         return result[0] if len(result) == 1 else tuple(result)
 
     def prepare_model(
@@ -225,39 +208,21 @@ class Accelerator(ProcessControl):
             device_placement: Whether to move it to the device.
             evaluation_mode: Whether it will not be trained, so that no gradients need be exchanged.
         """
-        if self._is_prepared(model):
-            return model
-        place = self.device_placement if device_placement is None else device_placement
-        return self._prepare_step([model], [], [place], evaluation_mode).models[0]
+        prepared = self._preparation.model(model, device_placement, evaluation_mode)
+        self._bind()
+        return prepared
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
     ) -> AcceleratedOptimizer:
-        """Prepare an optimizer alone."""
-        if isinstance(optimizer, AcceleratedOptimizer):
-            return optimizer
-        return self._wrap_optimizers(self._prepare_step([], [optimizer], []))[0]
+        """Prepare an optimizer alone; its state goes where its parameters are, whatever `device_placement`."""
+        prepared = self._preparation.optimizer(optimizer)
+        self._bind()
+        return prepared
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """Prepare a scheduler; its optimizer must have been prepared before, or in the same call."""
-        if isinstance(scheduler, AcceleratedScheduler):
-            return scheduler
-        mine = [o for o in self._contents.optimizers if scheduler.optimizer in (o, o.optimizer)]
-        steps = 1 if self.split_batches else self.num_processes
-        wrapped = AcceleratedScheduler(
-            scheduler,
-            mine or self._contents.optimizers,
-            self.gradient_state,
-            step_with_optimizer=self.step_scheduler_with_optimizer,
-            steps_per_update=steps,
-        )
-        if steps > 1 and self.step_scheduler_with_optimizer and not self._contents.schedulers:
-            self._note(
-                f"schedulers step {steps} times for each optimizer step, as one process would have over the same"
-                " data; DataLoaderConfiguration(split_batches=True) keeps batch size and steps as they are"
-            )
-        self._contents.schedulers.append(wrapped)
-        return wrapped
+        return self._preparation.scheduler(scheduler)
 
     def prepare_data_loader(
         self,
@@ -266,59 +231,12 @@ class Accelerator(ProcessControl):
         slice_fn_for_dispatch: Callable[..., Any] | None = None,
     ) -> Any:
         """Prepare a loader: this process's share of it, on its device."""
-        if data_loader in self._contents.loaders:
-            return data_loader
-        config = self.dataloader_config
-        loader = prepare_data_loader(
-            data_loader,
-            put_on_device=self.device_placement if device_placement is None else device_placement,
-            rng_types=self.rng_types,
-            split_batches=config.split_batches,
-            dispatch_batches=config.dispatch_batches,
-            even_batches=config.even_batches,
-            slice_fn_for_dispatch=slice_fn_for_dispatch,
-            use_seedable_sampler=config.use_seedable_sampler,
-            data_seed=config.data_seed,
-            non_blocking=config.non_blocking,
-            use_stateful_dataloader=config.use_stateful_dataloader,
-        )
-        prepared = self.backend.wrap_dataloader(loader, self.device)
-        self._contents.loaders.append(prepared)
-        return prepared
+        return self._preparation.loader(data_loader, device_placement, slice_fn_for_dispatch)
 
-    def _prepare_step(
-        self,
-        models: Sequence[torch.nn.Module],
-        optimizers: Sequence[torch.optim.Optimizer],
-        places: Sequence[bool],
-        evaluation_only: bool = False,
-    ) -> Prepared:
-        prepared = self._strategy.prepare(
-            PrepareRequest(
-                models=tuple(models),
-                optimizers=tuple(self._precision.convert_optimizer(o) for o in optimizers),
-                context=self._context,
-                device_placement=tuple(places),
-                evaluation_only=evaluation_only,
-            )
-        )
-        self._contents.models.extend(prepared.models)
-        self._bind(prepared)
-        return prepared
-
-    def _bind(self, prepared: Prepared) -> None:
-        """Assign the callables of a step, once."""
-        self._bound = prepared
-        self._window.bind(prepared)
-        self.backward = prepared.backward if prepared.owns_accumulation else self._window.backward
-
-    def _wrap_optimizers(self, prepared: Prepared) -> list[AcceleratedOptimizer]:
-        wrapped = [AcceleratedOptimizer(optimizer, prepared, self.gradient_state) for optimizer in prepared.optimizers]
-        self._contents.optimizers.extend(wrapped)
-        return wrapped
-
-    def _is_prepared(self, model: torch.nn.Module) -> bool:
-        return any(model is known for known in self._contents.models)
+    def _bind(self) -> None:
+        """Assign the callables of a step."""
+        self._bound, self._window = self._preparation.bound, self._preparation.window
+        self.backward = self._preparation.backward
 
     def unwrap_model(
         self, model: torch.nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
@@ -331,9 +249,9 @@ class Accelerator(ProcessControl):
             keep_torch_compile: Whether it stays compiled.
         """
         compiled = getattr(model, "_orig_mod", None)
-        inner = self._strategy.unwrap(model if compiled is None else compiled)
+        inner = self._contents.strategy.unwrap(model if compiled is None else compiled)
         if not keep_fp32_wrapper:
-            self._precision.restore(inner)
+            self._context.precision.restore(inner)
         if compiled is not None and keep_torch_compile and inner is compiled:
             return model
         return inner
@@ -377,7 +295,9 @@ class Accelerator(ProcessControl):
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value: int) -> None:
-        self.gradient_state.plugin.num_steps = self._window.steps = self._window.divisor = self._window.size = value
+        self.gradient_state.plugin.num_steps = self._window.steps = self._window.divisor = (
+            self._window.size
+        ) = value
 
     def no_sync(self, model: torch.nn.Module | None = None) -> AbstractContextManager[Any]:
         """Return a context in which the gradients of a model stay on this process."""
@@ -385,12 +305,12 @@ class Accelerator(ProcessControl):
 
     def trigger_sync_in_backward(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         """Return a context whose backward exchanges gradients of forwards that ran under `no_sync`."""
-        return self._strategy.trigger_sync_in_backward(model)
+        return self._contents.strategy.trigger_sync_in_backward(model)
 
     def autocast(self, autocast_handler: Any = None) -> AbstractContextManager[Any]:
         """Return a context in which operations run in the run's precision, for code outside of models."""
         if autocast_handler is not None:
-            return self._precision.forward_context(self._context, autocast_handler)()
+            return self._context.precision.forward_context(self._context, autocast_handler)()
         return self._autocast()
 
     def clip_grad_norm_(
@@ -422,6 +342,17 @@ class Accelerator(ProcessControl):
         """Whether the last step of any optimizer was skipped, because a gradient overflowed."""
         return any(optimizer.step_was_skipped for optimizer in self._contents.optimizers)
 
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> AbstractContextManager[Any]:
+        """Return a context that records what runs in it (`torch.profiler.profile`), and gives out the profiler.
+
+        Args:
+            profile_handler: What to record; by default the handler given to the accelerator.
+        """
+        from torchport.training.profiling import profile
+
+        handler = profile_handler or first_of(self._context.handlers, ProfileKwargs)
+        return profile(handler, self.process_index)
+
     @contextmanager
     def join_uneven_inputs(
         self, joinables: Iterable[torch.nn.Module], even_batches: bool | None = None
@@ -432,12 +363,16 @@ class Accelerator(ProcessControl):
             joinables: The prepared models trained in it.
             even_batches: Overrides the loaders' setting in it.
         """
-        samplers = [s for s in (getattr(x, "batch_sampler", None) for x in self._contents.loaders) if isinstance(s, BatchSamplerShard)]
+        samplers = [
+            s
+            for s in (getattr(x, "batch_sampler", None) for x in self._contents.loaders)
+            if isinstance(s, BatchSamplerShard)
+        ]
         before = [sampler.even_batches for sampler in samplers]
         for sampler in samplers if even_batches is not None else ():
             sampler.even_batches = bool(even_batches)
         try:
-            with self._strategy.join(joinables, even_batches=even_batches):
+            with self._contents.strategy.join(joinables, even_batches=even_batches):
                 yield
         finally:
             for sampler, value in zip(samplers, before, strict=True):
@@ -456,20 +391,16 @@ class Accelerator(ProcessControl):
             input_data: Tensors (of one shape on all processes), or picklable objects.
             use_gather_object: Whether to gather tensors as objects, in a list.
         """
-        leaves: list[bool] = []
-        recursively_apply(lambda leaf: leaves.append(is_tensor(leaf)), input_data, test_type=lambda v: not isinstance(v, (list, tuple, dict)))
-        as_objects = use_gather_object or not leaves or not all(leaves)
-        data = exchange.gather_object(input_data) if as_objects else exchange.gather(input_data)
         remainder = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else -1
-        if remainder <= 0:
-            return data
-        return data[:remainder] if as_objects else slice_tensors(data, slice(remainder))
+        return exchange.gather_for_metrics(input_data, remainder, as_objects=use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Reduce tensors over all processes; see `torchport.utils.reduce`."""
         return exchange.reduce(tensor, reduction, scale)
 
-    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+    def pad_across_processes(
+        self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
+    ) -> Any:
         """Pad tensors to the largest size over all processes; see `torchport.utils.pad_across_processes`."""
         return exchange.pad_across_processes(tensor, dim, pad_index, pad_first)
 
@@ -484,7 +415,9 @@ class Accelerator(ProcessControl):
 
     # --- saving ------------------------------------------------------------------------------------------
 
-    def save_state(self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True) -> str:
+    def save_state(
+        self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True
+    ) -> str:
         """Save everything prepared and registered; call it on every process.
 
         The folder appears when it is complete, or not at all: a crash leaves the previous one whole.
@@ -499,23 +432,7 @@ class Accelerator(ProcessControl):
         Raises:
             CheckpointError: on every process, if any could not write its part.
         """
-        project = self.project_configuration
-        target = self._checkpoint_folder(output_dir)
-        for hook in self._save_hooks:
-            hook(self._contents.models, [], str(target))
-        leader = self.is_local_main_process if project.save_on_each_node else self.is_main_process
-        facts = {
-            "plan": self.plan.fingerprint(),
-            "world_size": self.num_processes,
-            "objects": checkpoint.counts(self._contents),
-            "iteration": project.iteration,
-        }
-        checkpoint.save(self._contents, target, safe_serialization=safe_serialization, leader=leader, facts=facts)
-        if project.automatic_checkpoint_naming:
-            if leader and project.total_limit is not None:
-                checkpoint.make_room(target.parent, project.total_limit + 1)
-            project.iteration += 1
-        return str(target)
+        return str(self._checkpoints.save(output_dir, safe_serialization, self.plan))
 
     def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> None:
         """Load what `save_state` saved, after verifying it; call it on every process.
@@ -524,74 +441,31 @@ class Accelerator(ProcessControl):
             input_dir: The folder; with automatic naming, left out, the newest complete one.
 
         Raises:
-            CheckpointError: if it is incomplete, damaged, or was made of other objects; nothing is loaded then.
+            CheckpointError: if it is incomplete, damaged, or was made of other objects.
         """
-        project = self.project_configuration
-        if input_dir is None and not project.automatic_checkpoint_naming:
-            raise CheckpointError("load_state needs a folder", hint="load_state('folder'), or automatic naming")
-        source = checkpoint.newest(self._checkpoints) if input_dir is None else Path(input_dir)
-        for hook in self._load_hooks:
-            hook(self._contents.models, str(source))
-        manifest = checkpoint.load(self._contents, source)
-        if project.automatic_checkpoint_naming:
-            project.iteration = int(manifest.get("iteration", -1)) + 1
-
-    @property
-    def _checkpoints(self) -> Path:
-        return Path(self.project_dir or ".") / "checkpoints"
-
-    def _checkpoint_folder(self, output_dir: str | os.PathLike[str] | None) -> Path:
-        project = self.project_configuration
-        if output_dir is not None:
-            return Path(output_dir).absolute()
-        if not project.automatic_checkpoint_naming:
-            raise CheckpointError(
-                "save_state needs a folder",
-                hint="save_state('folder'), or ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True)",
-            )
-        target = self._checkpoints / f"checkpoint_{project.iteration}"
-        if target.exists():
-            raise CheckpointError(
-                f"{target} exists already",
-                reason="automatic naming never overwrites a checkpoint",
-                hint="load_state() before training continues, another project_dir, or a higher `iteration`",
-            )
-        return target.absolute()
+        self._checkpoints.load(input_dir)
 
     def register_for_checkpointing(self, *objects: Any) -> None:
-        """Save and load further objects, which have `state_dict` and `load_state_dict`.
+        """Save and load further objects, which have `state_dict` and `load_state_dict`."""
+        self._checkpoints.register(*objects)
 
-        Raises:
-            ConfigurationError: if one lacks either.
-        """
-        for thing in objects:
-            if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
-                raise ConfigurationError(
-                    f"a {type(thing).__name__} cannot be registered for checkpoints",
-                    reason="it has no state_dict() or no load_state_dict()",
-                )
-        self._contents.custom.extend(objects)
+    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
+        """Call `hook(models, weights, output_dir)` before each `save_state`."""
+        return HookHandle(self._checkpoints.save_hooks, hook)
 
-    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        """Call `hook(models, weights, output_dir)` before each `save_state`; returns a handle with `remove`."""
-        return _registered(self._save_hooks, hook)
-
-    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        """Call `hook(models, input_dir)` before each `load_state`; returns a handle with `remove`."""
-        return _registered(self._load_hooks, hook)
+    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
+        """Call `hook(models, input_dir)` before each `load_state`."""
+        return HookHandle(self._checkpoints.load_hooks, hook)
 
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """Return the whole state of a prepared model; call it on every process."""
-        return self._strategy.model_state_dict(model)
+        return self._contents.strategy.model_state_dict(model)
 
     def save(self, obj: Any, f: str | os.PathLike[str], safe_serialization: bool = False) -> None:
         """Write an object on the main process, with `torch.save` or (tensors by name) as safetensors."""
-        leader = self.is_local_main_process if self.project_configuration.save_on_each_node else self.is_main_process
-        if leader and safe_serialization:
-            from torchport.checkpoint.weights import save_weights
-
+        if self._checkpoints.leads and safe_serialization:
             save_weights(obj, Path(f))
-        elif leader:
+        elif self._checkpoints.leads:
             self.backend.save(obj, Path(f))
 
     # --- the end -----------------------------------------------------------------------------------------
@@ -602,11 +476,8 @@ class Accelerator(ProcessControl):
         Args:
             *objects: The caller's own references, as many as to be replaced by the `None`s returned.
         """
-        for held in (self._contents.models, self._contents.optimizers, self._contents.schedulers, self._contents.loaders):
-            held.clear()
-        self._window = AccumulationWindow(self.gradient_state, self._context, self._window.on_exit)
-        self._precision.scaling = None
-        self._bind(self._strategy.prepare(PrepareRequest(models=(), optimizers=(), context=self._context)))
+        self._preparation.clear()
+        self._bind()
         gc.collect()
         self.backend.empty_cache()
         return [None] * len(objects)
@@ -619,10 +490,6 @@ class Accelerator(ProcessControl):
         """Wait for everyone and leave the process group."""
         self.wait_for_everyone()
         self._runtime.close()
-
-    def _note(self, sentence: str) -> None:
-        if self.is_main_process:
-            print(f"torchport: {sentence}", file=sys.stderr)  # noqa: T201
 
 
 _PARAMETERS = (
@@ -647,26 +514,3 @@ def _accumulation(steps: int | None, plugin: GradientAccumulationPlugin | None) 
     if plugin.num_steps < 1:
         raise ConfigurationError(f"gradient_accumulation_steps must be at least 1, found {plugin.num_steps}")
     return plugin
-
-
-def _is_scheduler(thing: Any) -> bool:
-    return isinstance(thing, torch.optim.lr_scheduler.LRScheduler) or (
-        hasattr(thing, "step") and hasattr(thing, "optimizer") and hasattr(thing, "state_dict")
-        and not isinstance(thing, (torch.nn.Module, torch.optim.Optimizer, AcceleratedScheduler))
-    )
-
-
-class _Handle:
-    """Takes a registered hook out again."""
-
-    def __init__(self, hooks: list[Callable[..., Any]], hook: Callable[..., Any]) -> None:
-        self._hooks, self._hook = hooks, hook
-
-    def remove(self) -> None:
-        """Take the hook out."""
-        self._hooks.remove(self._hook)
-
-
-def _registered(hooks: list[Callable[..., Any]], hook: Callable[..., Any]) -> _Handle:
-    hooks.append(hook)
-    return _Handle(hooks, hook)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchport import envvars
 from torchport.errors import ConfigurationError
@@ -55,7 +55,7 @@ RETIRED_SWITCHES: Mapping[str, str] = {
 
 INERT_FLAGS: Mapping[str, Inert] = {
     "dynamo-backend": Inert(
-        ("no",), "compile in the script: torch.compile, or Accelerator(dynamo_plugin=...)"
+        ("no",), "compile in the script: torch.compile(model)"
     ),
     "main-training-function": Inert(("main",), "the script is run as a whole"),
 }
@@ -107,7 +107,7 @@ COMPUTE_ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
 INERT_KEYS: Mapping[str, Inert] = {
     "downcast_bf16": Inert(("no", "false"), "precision: bf16"),
     "dynamo_backend": Inert(
-        ("no", "false"), "compile in the script: torch.compile, or Accelerator(dynamo_plugin=...)"
+        ("no", "false"), "compile in the script: torch.compile(model)"
     ),
     "main_training_function": Inert(("main",), "the script is run as a whole"),
     "tpu_use_cluster": Inert(
@@ -170,9 +170,6 @@ KEYWORD_SLOTS = {
 KEYWORD_FLAGS = {"cpu": ("backend", "cpu")}
 """Documented keyword arguments that, when true, fill a slot with a fixed value."""
 
-KEYWORD_HANDLERS = ("dynamo_plugin",)
-"""Documented keyword arguments whose value is one more handler."""
-
 # --- which plugin reads what ---
 
 PLUGIN_PREFIXES: Mapping[str, str] = {
@@ -232,17 +229,10 @@ def translate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, **values, envvars.ORIGINS: envvars.format_origins(origins)}
 
 
-class Keywords(NamedTuple):
-    """Keyword arguments resolved to slots and handlers."""
-
-    slots: dict[str, Any]
-    handlers: tuple[Any, ...]
-
-
 def resolve_keywords(
     keywords: Mapping[str, Any], slots: Mapping[str, Any], known: tuple[str, ...] = ()
-) -> Keywords:
-    """Resolve older keyword arguments.
+) -> dict[str, Any]:
+    """Fill slots from older keyword arguments.
 
     Args:
         keywords: Arguments that are not slots themselves.
@@ -254,18 +244,14 @@ def resolve_keywords(
     """
     filled = {slot: value for slot, value in slots.items() if value is not None}
     spelled = {slot: slot for slot in filled}
-    handlers = []
     for keyword, value in keywords.items():
-        if keyword in KEYWORD_HANDLERS:
-            handlers += [value] * (value is not None)
-            continue
         if keyword in KEYWORD_FLAGS:
             slot, implied = KEYWORD_FLAGS[keyword]
             value = implied if value else None
         elif keyword in KEYWORD_SLOTS:
             slot = KEYWORD_SLOTS[keyword]
         else:
-            candidates = [*KEYWORD_SLOTS, *KEYWORD_FLAGS, *KEYWORD_HANDLERS, *slots, *known]
+            candidates = [*KEYWORD_SLOTS, *KEYWORD_FLAGS, *slots, *known]
             near = difflib.get_close_matches(keyword, candidates, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"Accelerator takes no argument {keyword!r}{hint}")
@@ -277,4 +263,4 @@ def resolve_keywords(
                 " give one"
             )
         filled[slot], spelled[slot] = value, keyword
-    return Keywords(filled, tuple(handlers))
+    return filled

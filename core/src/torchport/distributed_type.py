@@ -34,10 +34,11 @@ class DistributedType(str, metaclass=_OpenEnum):
     `NO` is one process. Further members are the documented labels and those that the installed plugins bring.
     """
 
-    _members: dict[str, DistributedType] = {}
+    _members: dict[str, DistributedType] = {}  # noqa: RUF012 - shared on purpose
 
     def __new__(cls, value: str) -> DistributedType:
-        known = cls._members.get(str(value))
+        """Return the member of this name."""
+        known: DistributedType | None = cls._members.get(str(value))
         if known is None:
             raise ValueError(f"{value!r} is not a distributed type; known are: {', '.join(cls._members)}")
         return known

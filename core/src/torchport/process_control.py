@@ -67,7 +67,7 @@ class ProcessControl:
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on the main process of each machine only."""
         if self.is_local_main_process:
-            builtins.print(*args, **kwargs)
+            builtins.print(*args, **kwargs)  # noqa: T201 - what the user asked for
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:

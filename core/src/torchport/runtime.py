@@ -8,14 +8,13 @@ import os
 import sys
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from torchport import envvars
-from torchport.aliases import DISTRIBUTED_TYPES
-from torchport.config.kwargs import InitProcessGroupKwargs, first_of
+from torchport.aliases import DISTRIBUTED_TYPES, translate_environment
+from torchport.config.kwargs import InitProcessGroupKwargs, KwargsHandler, first_of
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError, PlanMismatchError, UnavailableError
 from torchport.ops import exchange
@@ -29,6 +28,9 @@ from torchport.plugin.context import RunContext
 from torchport.plugin.precision import Precision
 from torchport.plugin.specs import Topology
 from torchport.plugin.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -66,15 +68,17 @@ class Runtime:
     current: Runtime | None = None
 
     def __init__(self, plan: Plan, request: Request) -> None:
+        environ = translate_environment(os.environ)
         self.plan = plan
         self.topology: Topology = plan.topology
         self.backend: Backend = build(plan["backend"])
-        if envvars.flag(os.environ, envvars.BIND_CPU):
+        if envvars.flag(environ, envvars.BIND_CPU):
             self.backend.bind_cpu(self.topology)
         self.device: torch.device = self.backend.device(self.topology.local_rank)
         self.collectives: Collectives | None = None
-        self.store: dist.Store | None = None
+        self.store: Store | None = None
         self.timeout = _timeout(request)
+        self.debug = envvars.flag(environ, envvars.DEBUG)
         self.generation = 0
         self._adopt(plan)
 
@@ -111,10 +115,9 @@ class Runtime:
             self.topology.rank,
             self.topology.world_size,
             self.device,
-            debug=envvars.flag(os.environ, envvars.DEBUG),
+            debug=self.debug,
         )
-        for label in (plan.distributed_type,):
-            DistributedType.register(label)
+        DistributedType.register(plan.distributed_type)
         self._report(plan)
 
     def _open_group(self, plan: Plan) -> None:
@@ -125,7 +128,7 @@ class Runtime:
         self.collectives = collectives
         atexit.register(self._close_at_exit)
 
-    def _compare(self, plan: Plan, store: dist.Store) -> None:
+    def _compare(self, plan: Plan, store: Store) -> None:
         """Compare plans with the other processes before anything else is exchanged."""
         self.generation += 1
         if self.topology.world_size > 1:
@@ -181,13 +184,35 @@ _reported: set[str] = set()
 
 def resolve(request: Request) -> Plan:
     """Discover what is installed and resolve a plan for this process."""
-    installed = discover(os.environ)
+    environ = translate_environment(os.environ)
+    installed = discover(environ)
     DistributedType.register(*DISTRIBUTED_TYPES)
-    topology = detect_topology(os.environ, installed)
-    return plan(request, os.environ, installed, topology)
+    return plan(request, environ, installed, detect_topology(environ, installed))
 
 
-def compare_plans(plan: Plan, store: dist.Store, prefix: str) -> None:
+def check_handlers(handlers: Iterable[Any], plan: Plan) -> None:
+    """Refuse handlers that nothing in the plan reads: what is asked for is never ignored.
+
+    Raises:
+        ConfigurationError: naming the handler.
+    """
+    settings = [decision.config for decision in plan.decisions]
+    seen: set[type] = set()
+    for handler in handlers:
+        kind = type(handler)
+        if kind in seen:
+            raise ConfigurationError(f"kwargs_handlers has two {kind.__name__}", hint="give one of each kind")
+        seen.add(kind)
+        general = kind.__module__ == KwargsHandler.__module__
+        if not general and not any(handler is config for config in settings):
+            raise ConfigurationError(
+                f"kwargs_handlers has a {kind.__name__}, which nothing in the plan reads",
+                found=", ".join(f"{d.slot} {d.name}" for d in plan.decisions if d.choice),
+                hint="leave it out, or choose the plugin whose settings it holds",
+            )
+
+
+def compare_plans(plan: Plan, store: Store, prefix: str) -> None:
     """Compare this process's plan with those of all others through their common store.
 
     Rank 0 collects and publishes the verdict; each rank acknowledges it, so that the store outlives its readers.
@@ -247,4 +272,6 @@ def _timeout(request: Request) -> timedelta:
     try:
         return timedelta(seconds=float(seconds))
     except ValueError as error:
-        raise ConfigurationError(f"{envvars.TIMEOUT} must be a number of seconds", found=repr(seconds)) from error
+        raise ConfigurationError(
+            f"{envvars.TIMEOUT} must be a number of seconds", found=repr(seconds)
+        ) from error

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
-from torchport import envvars
 from torchport.config.kwargs import GradientAccumulationPlugin
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError, TorchportError
@@ -40,7 +38,8 @@ class PartialState(ProcessControl):
         """The objects of the run."""
         if Runtime.current is None:
             raise TorchportError(
-                "this state belongs to a run that has ended", hint="make a new PartialState() or Accelerator()"
+                "this state belongs to a run that has ended",
+                hint="make a new PartialState() or Accelerator()",
             )
         return Runtime.current
 
@@ -82,7 +81,7 @@ class PartialState(ProcessControl):
     @property
     def debug(self) -> bool:
         """Whether shapes are compared across processes before every operation."""
-        return envvars.flag(os.environ, envvars.DEBUG)
+        return self.runtime.debug
 
     def destroy_process_group(self) -> None:
         """Leave the process group and end the run."""
@@ -109,14 +108,16 @@ def _partial_request(cpu: bool, kwargs: dict[str, Any]) -> Request:
     from torchport.aliases import resolve_keywords
     from torchport.config.kwargs import InitProcessGroupKwargs
 
-    arguments = {slot: kwargs.pop(slot) for slot in ("backend", "collectives") if kwargs.get(slot) is not None}
+    arguments = {
+        slot: kwargs.pop(slot) for slot in ("backend", "collectives") if kwargs.get(slot) is not None
+    }
     timeout = kwargs.pop("timeout", None)
     kwargs.pop("_from_accelerator", None)
     if kwargs:
         raise TypeError(f"PartialState takes no argument {next(iter(kwargs))!r}")
     handlers = (InitProcessGroupKwargs(timeout=timeout),) if timeout is not None else ()
     if cpu:
-        arguments = resolve_keywords({"cpu": True}, arguments).slots
+        arguments = resolve_keywords({"cpu": True}, arguments)
     return Request(arguments=arguments, asked_by="PartialState", handlers=handlers)
 
 
@@ -128,7 +129,6 @@ class AcceleratorState(PartialState):
         cpu: As for `PartialState`.
         **kwargs: As for `PartialState`.
     """
-
 
     def __init__(self, mixed_precision: str | None = None, cpu: bool = False, **kwargs: Any) -> None:
         if mixed_precision is not None and self.initialized and self.plan.precision != mixed_precision:
@@ -170,7 +170,7 @@ class GradientState:
         plugin_kwargs: The settings of gradient accumulation that differ from their defaults.
     """
 
-    _shared: dict[str, Any] = {}
+    _shared: dict[str, Any] = {}  # noqa: RUF012 - shared on purpose
 
     def __init__(self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None) -> None:
         self.__dict__ = GradientState._shared

@@ -50,7 +50,7 @@ _EXPORTS = {
     "SCHEDULER_NAME": "torchport.checkpoint.state",
 }
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605 - the table above
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

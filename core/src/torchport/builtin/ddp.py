@@ -40,7 +40,7 @@ class DdpStrategy(Strategy):
         self, models: Iterable[torch.nn.Module], *, even_batches: bool | None = None
     ) -> AbstractContextManager[Any]:
         """Let processes that have run out of batches answer for the others (`torch.distributed.algorithms.join`)."""
-        replicas = [model for model in models if isinstance(model, DistributedDataParallel)]
+        replicas: list[Any] = [model for model in models if isinstance(model, DistributedDataParallel)]
         return Join(replicas) if replicas else nullcontext()
 
     @contextmanager

@@ -54,7 +54,8 @@ def describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and checksum of each file of a folder, by its path inside."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": checksum(path)} for path in files
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": checksum(path)}
+        for path in files
     }
 
 
@@ -99,7 +100,11 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        beside = sorted(p.name for p in folder.parent.glob("*") if (p / MANIFEST).is_file()) if folder.parent.is_dir() else []
+        beside = (
+            sorted(p.name for p in folder.parent.glob("*") if (p / MANIFEST).is_file())
+            if folder.parent.is_dir()
+            else []
+        )
         raise CheckpointError(
             f"{folder} is not a complete checkpoint",
             found="no such folder" if not folder.is_dir() else f"no {MANIFEST} in it",
@@ -123,10 +128,13 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder} is damaged", found=f"{name} is missing")
         if file.stat().st_size != facts["size"]:
             raise CheckpointError(
-                f"{folder} is damaged", found=f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
+                f"{folder} is damaged",
+                found=f"{name} has {file.stat().st_size} bytes instead of {facts['size']}",
             )
         if checksum(file) != facts["crc32"]:
-            raise CheckpointError(f"{folder} is damaged", found=f"the contents of {name} differ from what was written")
+            raise CheckpointError(
+                f"{folder} is damaged", found=f"the contents of {name} differ from what was written"
+            )
     return manifest
 
 
@@ -135,7 +143,10 @@ def _exchange(folder: Path, target: Path) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         rename = getattr(libc, "renameat2", None)
-        if rename is not None and rename(_HERE, os.fsencode(folder), _HERE, os.fsencode(target), _EXCHANGE) == 0:
+        if (
+            rename is not None
+            and rename(_HERE, os.fsencode(folder), _HERE, os.fsencode(target), _EXCHANGE) == 0
+        ):
             return
     older = target.with_name(f".{target.name}.older-{secrets.token_hex(4)}")
     target.rename(older)

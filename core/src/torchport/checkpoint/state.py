@@ -45,7 +45,9 @@ class Contents:
     custom: list[Any] = field(default_factory=list)
 
 
-def save(contents: Contents, target: Path, *, safe_serialization: bool, leader: bool, facts: dict[str, Any]) -> None:
+def save(
+    contents: Contents, target: Path, *, safe_serialization: bool, leader: bool, facts: dict[str, Any]
+) -> None:
     """Write a checkpoint; call it on every process.
 
     Args:
@@ -88,11 +90,15 @@ def load(contents: Contents, source: Path, *, strict: bool = True) -> dict[str, 
     _check_counts(contents, manifest, source)
     for index, model in enumerate(contents.models):
         safe = source / f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors"
-        state = load_weights(safe) if safe.is_file() else _read(source / f"{_numbered(MODEL_NAME, index)}.bin")
+        state = (
+            load_weights(safe) if safe.is_file() else _read(source / f"{_numbered(MODEL_NAME, index)}.bin")
+        )
         try:
             contents.strategy.load_model_state_dict(model, state)
         except RuntimeError as error:
-            raise CheckpointError(f"the weights in {source} do not fit the model", reason=str(error)) from error
+            raise CheckpointError(
+                f"the weights in {source} do not fit the model", reason=str(error)
+            ) from error
     model = contents.models[0] if contents.models else torch.nn.Module()
     for index, optimizer in enumerate(contents.optimizers):
         state = _read(source / f"{_numbered(OPTIMIZER_NAME, index)}.bin")
@@ -171,7 +177,9 @@ def _write(contents: Contents, folder: Path, safe_serialization: bool, leader: b
         state = strategy.optimizer_state_dict(model, optimizer.optimizer)
         if leader:
             backend.save(state, folder / f"{_numbered(OPTIMIZER_NAME, index)}.bin")
-    backend.save(rng_states(contents.runtime), folder / f"{RNG_STATE_NAME}_{contents.runtime.topology.rank}.pkl")
+    backend.save(
+        rng_states(contents.runtime), folder / f"{RNG_STATE_NAME}_{contents.runtime.topology.rank}.pkl"
+    )
     if not leader:
         return
     for index, scheduler in enumerate(contents.schedulers):

@@ -15,7 +15,10 @@ _COMMANDS = {
     "plan": ("torchport.cli.plan:plan", "Show what would be chosen here, and why."),
     "plugins": ("torchport.cli.plugins:plugins", "List the installed plugins and what they offer."),
     "doctor": ("torchport.cli.doctor:doctor", "Check this machine: failures with causes, probes, versions."),
-    "new-plugin": ("torchport.cli.new_plugin:new_plugin", "Write the skeleton of a plugin that passes its tests."),
+    "new-plugin": (
+        "torchport.cli.new_plugin:new_plugin",
+        "Write the skeleton of a plugin that passes its tests.",
+    ),
 }
 """The core's own sub-commands: where each is defined, and its line in `--help`."""
 
@@ -37,10 +40,12 @@ class LazyGroup(click.Group):
         spec = self._plugin_commands().get(name)
         if spec is None:
             return None
-        command = load_reference(spec.factory)
-        return command
+        added: click.Command = load_reference(spec.factory)
+        return added
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Add the nearest known command to the error for an unknown one."""
         import difflib
 

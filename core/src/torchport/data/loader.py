@@ -61,7 +61,9 @@ class DataLoaderShard(DataLoader[Any]):
         self.end_of_dataloader = False
         self.batches_left: int | None = None
         self._place: Callable[[Any], Any] | None = (
-            None if device is None else functools.partial(send_to_device, device=device, non_blocking=non_blocking)
+            None
+            if device is None
+            else functools.partial(send_to_device, device=device, non_blocking=non_blocking)
         )
 
     @property
@@ -84,11 +86,16 @@ class DataLoaderShard(DataLoader[Any]):
     def total_dataset_length(self) -> int:
         """Number of samples of the whole data set."""
         length = getattr(self.dataset, "total_length", None)
-        return len(self.dataset) if length is None else int(length)
+        return len(self.dataset) if length is None else int(length)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next, where the sampler or the data set takes one."""
-        for holder in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None), self.sampler, self.dataset):
+        for holder in (
+            self.batch_sampler,
+            getattr(self.batch_sampler, "sampler", None),
+            self.sampler,
+            self.dataset,
+        ):
             if hasattr(holder, "set_epoch"):
                 holder.set_epoch(epoch)  # type: ignore[union-attr]
                 return
@@ -125,7 +132,7 @@ class DataLoaderShard(DataLoader[Any]):
             for current in batches:
                 for following in batches:
                     yield current if place is None else place(current)
-                    current = following  # noqa: PLW2901
+                    current = following
                 self.end_of_dataloader, self.batches_left = True, 0
                 yield current if place is None else place(current)
         finally:
@@ -170,7 +177,10 @@ def prepare_data_loader(
         UnsupportedOperationError: for what is not available yet.
         ConfigurationError: if batches cannot be shared out as asked.
     """
-    for asked, name in ((dispatch_batches, "dispatch_batches"), (use_stateful_dataloader, "use_stateful_dataloader")):
+    for asked, name in (
+        (dispatch_batches, "dispatch_batches"),
+        (use_stateful_dataloader, "use_stateful_dataloader"),
+    ):
         if asked:
             raise UnsupportedOperationError(
                 f"{name}=True is not available in this version",
@@ -193,7 +203,9 @@ def prepare_data_loader(
     if isinstance(dataset, IterableDataset):
         settings |= {"batch_size": dataloader.batch_size, "drop_last": dataloader.drop_last}
         if processes > 1:
-            dataset, settings = _share_iterable(dataloader, settings, processes, index, split_batches, even_batches)
+            dataset, settings = _share_iterable(
+                dataloader, settings, processes, index, split_batches, even_batches
+            )
     else:
         generator = _shared_order(dataloader, processes, use_seedable_sampler, data_seed)
         batch_sampler: Any = dataloader.batch_sampler
@@ -244,9 +256,7 @@ def _only_batch(batches: list[Any], collate: Callable[[Any], Any]) -> Any:
 
 def _in_host_memory(runtime: Runtime | None, device: torch.device | None) -> bool:
     """Whether batches are where they are wanted as soon as they are made."""
-    return (
-        runtime is not None and device == runtime.device and runtime.backend.capabilities().host_memory
-    )
+    return runtime is not None and device == runtime.device and runtime.backend.capabilities().host_memory
 
 
 def _shared_order(

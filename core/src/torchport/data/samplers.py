@@ -64,12 +64,12 @@ class BatchSamplerShard(BatchSampler):
         split_batches: bool = False,
         even_batches: bool = True,
     ) -> None:
-        self.batch_sampler = batch_sampler
+        self.batch_sampler: Any = batch_sampler
         self.num_processes = num_processes
         self.process_index = process_index
         self.split_batches = split_batches
         self.even_batches = even_batches
-        self.batch_size = getattr(batch_sampler, "batch_size", None)
+        self.batch_size: Any = getattr(batch_sampler, "batch_size", None)
         self.drop_last = bool(getattr(batch_sampler, "drop_last", False))
         self.remainder = -1
         if split_batches and self.batch_size is not None and self.batch_size % num_processes:
@@ -115,7 +115,9 @@ class BatchSamplerShard(BatchSampler):
                 if self.even_batches:
                     self.remainder = len(batch)
                     batch = _fill(list(batch), first, whole)
-            part = -(-len(batch) // self.num_processes) if not self.even_batches else whole // self.num_processes
+            part = (
+                -(-len(batch) // self.num_processes) if not self.even_batches else whole // self.num_processes
+            )
             share = batch[part * self.process_index : part * (self.process_index + 1)]
             if share:
                 yield share
@@ -171,7 +173,7 @@ class SkipBatchSampler(BatchSampler):
     def __init__(self, batch_sampler: Any, skip_batches: int = 0) -> None:
         self.batch_sampler = batch_sampler
         self.skip_batches = skip_batches
-        self.batch_size = getattr(batch_sampler, "batch_size", None)
+        self.batch_size: Any = getattr(batch_sampler, "batch_size", None)
         self.drop_last = bool(getattr(batch_sampler, "drop_last", False))
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchport.errors import OperationError
-from torchport.ops.pytree import describe, recursively_apply
+from torchport.ops.pytree import all_tensors, describe, recursively_apply, slice_tensors
 from torchport.plugin.collectives import Collectives
 
 
@@ -73,6 +73,21 @@ def gather_object(object: Any) -> list[Any]:
     return [item for items in _group.collectives.all_gather_object(mine) for item in items]
 
 
+def gather_for_metrics(data: Any, remainder: int, *, as_objects: bool = False) -> Any:
+    """Gather the results of a batch, without those of samples that only filled up the last round.
+
+    Args:
+        data: Tensors of one shape on all processes; anything else is gathered as objects.
+        remainder: Number of results to keep; 0 or less keeps all.
+        as_objects: Whether to gather tensors as objects, in a list.
+    """
+    if as_objects or not all_tensors(data):
+        objects = gather_object(data)
+        return objects[:remainder] if remainder > 0 else objects
+    gathered = gather(data)
+    return slice_tensors(gathered, slice(remainder)) if remainder > 0 else gathered
+
+
 def broadcast(tensor: Any, from_process: int = 0) -> Any:
     """Return the tensors of one process on every process.
 
@@ -84,7 +99,9 @@ def broadcast(tensor: Any, from_process: int = 0) -> Any:
     if collectives is None:
         return tensor
     return recursively_apply(
-        lambda leaf: collectives.broadcast(leaf.detach().clone(), from_process), tensor, error_on_other_type=True
+        lambda leaf: collectives.broadcast(leaf.detach().clone(), from_process),
+        tensor,
+        error_on_other_type=True,
     )
 
 

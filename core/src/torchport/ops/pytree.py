@@ -15,6 +15,15 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def all_tensors(data: Any) -> bool:
+    """Whether a structure holds tensors and nothing else, and at least one."""
+    if isinstance(data, Mapping):
+        return bool(data) and all(all_tensors(item) for item in data.values())
+    if isinstance(data, (list, tuple)):
+        return bool(data) and all(all_tensors(item) for item in data)
+    return is_tensor(data)
+
+
 def honor_type(like: Any, items: Any) -> Any:
     """Build a list, tuple or named tuple of the type of `like` from `items`."""
     if isinstance(like, tuple) and hasattr(like, "_fields"):
@@ -72,7 +81,10 @@ def recursively_apply(
 
 
 def send_to_device(
-    tensor: Any, device: torch.device | str, non_blocking: bool = False, skip_keys: str | list[str] | None = None
+    tensor: Any,
+    device: torch.device | str,
+    non_blocking: bool = False,
+    skip_keys: str | list[str] | None = None,
 ) -> Any:
     """Move a nested structure to a device.
 
@@ -136,7 +148,9 @@ def concatenate(data: list[Any] | tuple[Any, ...], dim: int = 0) -> Any:
     if isinstance(first, Mapping):
         return type(first)({key: concatenate([item[key] for item in data], dim) for key in first})  # type: ignore[call-arg]
     if not isinstance(first, torch.Tensor):
-        raise TypeError(f"concatenate takes tensors, lists, tuples and mappings of them; found a {type(first).__name__}")
+        raise TypeError(
+            f"concatenate takes tensors, lists, tuples and mappings of them; found a {type(first).__name__}"
+        )
     return torch.cat(list(data), dim=dim)
 
 

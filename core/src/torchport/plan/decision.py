@@ -105,6 +105,15 @@ class Plan:
             label = getattr(self["backend"].spec, "distributed_type", "")
         return label or "NO"
 
+    def explain(self) -> str:
+        """Return the plan as text: a line for each slot that is filled, with the choice and who made it."""
+        shown = [decision for decision in self.decisions if decision.choice]
+        width = max(len(decision.name) for decision in shown)
+        lines = [f"  {d.slot:<12} {d.name:<{width}}  {d.source}" for d in shown]
+        count = self.topology.world_size
+        place = f"{count} process{'es' * (count != 1)} ({self.topology.source})"
+        return "\n".join([f"plan for {place}", *lines])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for JSON."""
         return {

@@ -95,7 +95,7 @@ class ScaledStep:
         """Compute gradients of the scaled loss."""
         if self.applied:  # some optimizer did not take part in the last round
             self._update()
-        self.scaler.scale(loss).backward(**kwargs)
+        torch.autograd.backward(self.scaler.scale(loss), **kwargs)
 
     def unscale(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Divide the scale out of the gradients of one optimizer, or of all; once in a round."""

@@ -114,6 +114,10 @@ class Strategy(ABC):
         """Return a context in which to construct models too large for one process."""
         return nullcontext()
 
+    def trigger_sync_in_backward(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """Return a context whose backward exchanges gradients of forwards that ran under `no_sync`."""
+        return nullcontext()
+
     def join(
         self, models: Iterable[torch.nn.Module], *, even_batches: bool | None = None
     ) -> AbstractContextManager[Any]:

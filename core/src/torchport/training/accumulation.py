@@ -58,7 +58,9 @@ class AccumulationWindow:
         self._gradients.append(prepared.gradients)
         self._no_sync = prepared.no_sync
 
-    def begin(self, models: tuple[torch.nn.Module, ...], num_items: Any, reduction: str) -> AccumulationWindow:
+    def begin(
+        self, models: tuple[torch.nn.Module, ...], num_items: Any, reduction: str
+    ) -> AccumulationWindow:
         """Count one micro-batch and decide whether it ends the window."""
         gradients = self.gradients
         loader = gradients.active_dataloader if gradients.plugin.sync_with_dataloader else None
@@ -135,7 +137,9 @@ class AccumulationWindow:
             if self.gradients.sync_gradients:
                 self._normalize_by_items()
         elif self.done < self.size and self.done and self.gradients.sync_gradients:
-            self._scale_gradients(self.size / self.done)  # the loader had no length and ended inside the window
+            self._scale_gradients(
+                self.size / self.done
+            )  # the loader had no length and ended inside the window
             self.size = self.divisor = self.done
 
     def _scale_gradients(self, factor: Any) -> None:
@@ -153,5 +157,7 @@ class AccumulationWindow:
             items = context.collectives.all_reduce(items, "sum")
         total = items.to(torch.float32) if isinstance(items, torch.Tensor) else items
         if not isinstance(total, torch.Tensor) and total <= 0:
-            raise ConfigurationError("the accumulation window has no items", found=f"num_items sums up to {total}")
+            raise ConfigurationError(
+                "the accumulation window has no items", found=f"num_items sums up to {total}"
+            )
         self._scale_gradients(context.topology.world_size / total)

@@ -22,7 +22,9 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         gradients: The shared gradient state.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, prepared: Prepared, gradients: GradientState) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, prepared: Prepared, gradients: GradientState
+    ) -> None:
         # No super().__init__: state and parameter groups are those of the wrapped optimizer.
         self.optimizer = optimizer
         self.gradient_state = gradients
@@ -48,7 +50,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
     # The wrapped optimizer's own state, as everything that takes an optimizer expects it.
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """State by parameter."""
         return self.optimizer.state
 
@@ -57,7 +59,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.state = value
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """Groups of parameters and their settings."""
         return self.optimizer.param_groups
 
@@ -66,7 +68,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.param_groups = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """Settings of groups that do not say otherwise."""
         return self.optimizer.defaults
 

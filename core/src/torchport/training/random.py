@@ -50,7 +50,9 @@ def synchronize_rng_state(rng_type: str | None = None, generator: torch.Generato
     if runtime is not None and kind == runtime.device.type and kind not in RNG_TYPES:
         kind = "device"
     if kind not in RNG_TYPES:
-        raise ConfigurationError(f"{kind!r} is not a type of generator", hint=f"one of {', '.join(RNG_TYPES)}")
+        raise ConfigurationError(
+            f"{kind!r} is not a type of generator", hint=f"one of {', '.join(RNG_TYPES)}"
+        )
     if runtime is None or runtime.topology.world_size == 1:
         return
     if kind == "python":
@@ -74,10 +76,11 @@ def synchronize_rng_states(rng_types: Iterable[str], generator: torch.Generator 
 def rng_states(runtime: Runtime) -> dict[str, Any]:
     """Return the states of all generators of this process, as tensors and plain values."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words_of_numpy = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     return {
         "python": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [str(name), words_of_numpy, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "device": runtime.backend.rng_state(runtime.device),
     }  # fmt: skip

@@ -1,0 +1,217 @@
+"""Turn the user's objects into prepared ones, and bind the callables of a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from torchport.checkpoint.state import Contents
+from torchport.config.kwargs import DataLoaderConfiguration
+from torchport.data.loader import prepare_data_loader
+from torchport.errors import ConfigurationError
+from torchport.plugin.backend import Backend
+from torchport.plugin.context import RunContext
+from torchport.plugin.strategy import Prepared, PrepareRequest
+from torchport.state import GradientState
+from torchport.training.accumulation import AccumulationWindow
+from torchport.training.optimizer import AcceleratedOptimizer
+from torchport.training.scheduler import AcceleratedScheduler
+
+
+class Preparation:
+    """Prepares objects with the strategy of the run, and remembers them.
+
+    Attributes:
+        contents: What has been prepared, in order; a checkpoint holds its state.
+        bound: The callables of a step, as the strategy bound them last.
+        window: The accumulation window around them.
+
+    Args:
+        contents: Where prepared objects are remembered.
+        context: The run.
+        gradients: The shared gradient state.
+        loaders: How loaders are shared out.
+        rng_types: Generators to synchronize at the beginning of each epoch.
+        device_placement: Whether models and batches are moved to the device unless said otherwise.
+        step_scheduler_with_optimizer: Whether schedulers step when their optimizers do.
+    """
+
+    bound: Prepared
+    window: AccumulationWindow
+
+    def __init__(
+        self,
+        contents: Contents,
+        context: RunContext,
+        gradients: GradientState,
+        loaders: DataLoaderConfiguration,
+        rng_types: tuple[str, ...],
+        *,
+        device_placement: bool,
+        step_scheduler_with_optimizer: bool,
+    ) -> None:
+        self.contents = contents
+        self.context = context
+        self.gradients = gradients
+        self.loaders = loaders
+        self.rng_types = rng_types
+        self.device_placement = device_placement
+        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything prepared, and bind the step of a strategy that has no models."""
+        contents, backend = self.contents, self.context.backend
+        for held in (contents.models, contents.optimizers, contents.schedulers, contents.loaders):
+            held.clear()
+        self.context.precision.scaling = None
+        marks_steps = type(backend).step_boundary is not Backend.step_boundary
+        self.window = AccumulationWindow(
+            self.gradients, self.context, backend.step_boundary if marks_steps else None
+        )
+        self.step([], [], [])
+
+    @property
+    def backward(self) -> Callable[..., None]:
+        """The callable that `Accelerator.backward` is."""
+        return self.bound.backward if self.bound.owns_accumulation else self.window.backward
+
+    def all(self, objects: Sequence[Any], device_placement: Sequence[bool | None] | None) -> list[Any]:
+        """Prepare models and optimizers together, then loaders and schedulers; give the rest back."""
+        placement = [None] * len(objects) if device_placement is None else list(device_placement)
+        if len(placement) != len(objects):
+            raise ConfigurationError(
+                f"device_placement has {len(placement)} values for {len(objects)} objects",
+                hint="one for each",
+            )
+        result = list(objects)
+        models = [i for i, thing in enumerate(objects) if self._is_new_model(thing)]
+        optimizers = [i for i, thing in enumerate(objects) if _is_new_optimizer(thing)]
+        if models or optimizers:
+            wrapped_models, wrapped_optimizers = self.step(
+                [objects[i] for i in models],
+                [objects[i] for i in optimizers],
+                [self._place(placement[i]) for i in models],
+            )
+            for i, model in zip(models, wrapped_models, strict=True):
+                result[i] = model
+            for i, optimizer in zip(optimizers, wrapped_optimizers, strict=True):
+                result[i] = optimizer
+        for i, thing in enumerate(objects):
+            if isinstance(thing, DataLoader):
+                result[i] = self.loader(thing, placement[i])
+            elif _is_scheduler(thing):
+                result[i] = self.scheduler(thing)
+        return result
+
+    def step(
+        self,
+        models: Sequence[torch.nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        places: Sequence[bool],
+        *,
+        evaluation_only: bool = False,
+    ) -> tuple[Sequence[torch.nn.Module], Sequence[AcceleratedOptimizer]]:
+        """Let the strategy prepare models and optimizers, and take over its callables."""
+        precision = self.context.precision
+        prepared = self.contents.strategy.prepare(
+            PrepareRequest(
+                models=tuple(models),
+                optimizers=tuple(precision.convert_optimizer(optimizer) for optimizer in optimizers),
+                context=self.context,
+                device_placement=tuple(places),
+                evaluation_only=evaluation_only,
+            )
+        )
+        wrapped = [AcceleratedOptimizer(one, prepared, self.gradients) for one in prepared.optimizers]
+        self.contents.models.extend(prepared.models)
+        self.contents.optimizers.extend(wrapped)
+        self.bound = prepared
+        self.window.bind(prepared)
+        return prepared.models, wrapped
+
+    def model(self, model: torch.nn.Module, place: bool | None, evaluation_only: bool) -> torch.nn.Module:
+        """Prepare a model alone."""
+        if not self._is_new_model(model):
+            return model
+        return self.step([model], [], [self._place(place)], evaluation_only=evaluation_only)[0][0]
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
+        """Prepare an optimizer alone."""
+        if isinstance(optimizer, AcceleratedOptimizer):
+            return optimizer
+        return self.step([], [optimizer], [])[1][0]
+
+    def scheduler(self, scheduler: Any) -> AcceleratedScheduler:
+        """Prepare a scheduler, which follows its own optimizer if that is prepared, or else all of them."""
+        if isinstance(scheduler, AcceleratedScheduler):
+            return scheduler
+        optimizers, processes = self.contents.optimizers, self.context.topology.world_size
+        steps = 1 if self.loaders.split_batches else processes
+        wrapped = AcceleratedScheduler(
+            scheduler,
+            [one for one in optimizers if scheduler.optimizer in (one, one.optimizer)] or optimizers,
+            self.gradients,
+            step_with_optimizer=self.step_scheduler_with_optimizer,
+            steps_per_update=steps,
+        )
+        announce = steps > 1 and self.step_scheduler_with_optimizer and not self.contents.schedulers
+        if announce and self.context.topology.rank == 0:
+            print(  # noqa: T201
+                f"torchport: schedulers step {steps} times for each optimizer step, as one process would have over"
+                " the same data; DataLoaderConfiguration(split_batches=True) keeps batch size and steps as they are",
+                file=sys.stderr,
+            )
+        self.contents.schedulers.append(wrapped)
+        return wrapped
+
+    def loader(
+        self,
+        loader: DataLoader[Any],
+        place: bool | None,
+        slice_fn_for_dispatch: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Prepare a loader."""
+        if any(loader is known for known in self.contents.loaders):
+            return loader
+        share = prepare_data_loader(
+            loader,
+            put_on_device=self._place(place),
+            rng_types=self.rng_types,
+            split_batches=self.loaders.split_batches,
+            dispatch_batches=self.loaders.dispatch_batches,
+            even_batches=self.loaders.even_batches,
+            slice_fn_for_dispatch=slice_fn_for_dispatch,
+            use_seedable_sampler=self.loaders.use_seedable_sampler,
+            data_seed=self.loaders.data_seed,
+            non_blocking=self.loaders.non_blocking,
+            use_stateful_dataloader=self.loaders.use_stateful_dataloader,
+        )
+        prepared = self.context.backend.wrap_dataloader(share, self.context.device)
+        self.contents.loaders.append(prepared)
+        return prepared
+
+    def _place(self, asked: bool | None) -> bool:
+        return self.device_placement if asked is None else asked
+
+    def _is_new_model(self, thing: Any) -> bool:
+        return isinstance(thing, torch.nn.Module) and all(
+            thing is not known for known in self.contents.models
+        )
+
+
+def _is_new_optimizer(thing: Any) -> bool:
+    return isinstance(thing, torch.optim.Optimizer) and not isinstance(thing, AcceleratedOptimizer)
+
+
+def _is_scheduler(thing: Any) -> bool:
+    """Whether `thing` is a scheduler: PyTorch's, or anything that steps beside an optimizer and has a state."""
+    if isinstance(thing, (torch.nn.Module, torch.optim.Optimizer, AcceleratedScheduler)):
+        return False
+    return isinstance(thing, torch.optim.lr_scheduler.LRScheduler) or all(
+        hasattr(thing, name) for name in ("step", "optimizer", "state_dict")
+    )
