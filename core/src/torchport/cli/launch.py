@@ -34,7 +34,10 @@ def _option(item: Setting, **attributes: Any) -> click.Option:
     short = [f"-{item.short}"] if item.short else []
     if item.is_flag:
         return click.Option(
-            [f"{name}/{_opposite(item.flag)}", *short, item.name], default=None, help=_help(item), **attributes
+            [f"{name}/{_opposite(item.flag)}", *short, item.name],
+            default=None,
+            help=_help(item),
+            **attributes,
         )
     return click.Option(
         [name, *short, item.name],

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib.machinery
-import importlib.util
-import shutil
-import socket
 import sys
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchport.config.layers import Resolved
 from torchport.errors import ConfigurationError, LaunchError
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 
 def worker_command(resolved: Resolved, script: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,6 +79,8 @@ def check_port(resolved: Resolved) -> None:
         raise ConfigurationError(f"{origin} must be a TCP port from 1 to 65535", found=str(port))
     if not port or config.machine_rank != 0:
         return
+    import socket
+
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,6 +101,8 @@ def check_log_dir(resolved: Resolved) -> str:
     """
     if not resolved.config.log_dir:
         return ""
+    import tempfile
+
     folder = Path(resolved.config.log_dir).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,8 @@ def _check_script(script: str) -> None:
             found=", ".join(scripts[:5]) or "no Python files in it",
             hint=f"torchport launch {path / scripts[0]}" if scripts else "",
         )
+    import difflib
+
     folder = path.parent
     if not folder.is_dir():
         raise LaunchError(
@@ -145,6 +149,8 @@ def _check_script(script: str) -> None:
 
 
 def _check_program(program: str) -> None:
+    import shutil
+
     if shutil.which(program) is None:
         exists = Path(program).exists()
         raise LaunchError(
@@ -169,6 +175,8 @@ def _check_module(name: str) -> None:
 
 def _find_module(name: str) -> str:
     """Say why `python -m name` would fail; empty if it would not."""
+    import importlib.util
+
     parts = name.split(".")
     try:
         spec = importlib.util.find_spec(parts[0]) if all(parts) else None
@@ -189,7 +197,7 @@ def _find_module(name: str) -> str:
     return ""
 
 
-def _find_submodule(name: str, locations: list[str]) -> importlib.machinery.ModuleSpec | None:
+def _find_submodule(name: str, locations: list[str]) -> ModuleSpec | None:
     for finder in sys.meta_path:
         spec = finder.find_spec(name, locations)
         if spec is not None:
