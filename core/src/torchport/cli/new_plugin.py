@@ -62,7 +62,7 @@ def render(name: str, kind: str, folder: Path) -> list[Path]:
     """Write the files of a new plugin and return their paths.
 
     Args:
-        name: Entry-point name, such as `acme-npu`.
+        name: Entry-point name, such as `acme-one`.
         kind: What the plugin brings.
         folder: Where to write; made if need be.
     """

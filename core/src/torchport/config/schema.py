@@ -1,9 +1,9 @@
 """A dataclass field that knows its flag, YAML key, environment variable, help and constraints.
 
 Each configurable thing is one dataclass whose fields are made by `setting`. A class attribute
-`__torchport_prefix__ = "fsdp"` gives derived names: the field `offload_params` then has the flag
-`--fsdp-offload-params`, the key `fsdp_offload_params` in the YAML section `fsdp_config`, and the variable
-`FSDP_OFFLOAD_PARAMS`. Without a prefix, flag and key are the field's name and there is no variable.
+`__torchport_prefix__ = "acme"` gives derived names: the field `offload_params` then has the flag
+`--acme-offload-params`, the key `acme_offload_params` in the YAML section `acme_config`, and the variable
+`ACME_OFFLOAD_PARAMS`. Without a prefix, flag and key are the field's name and there is no variable.
 """
 
 from __future__ import annotations
