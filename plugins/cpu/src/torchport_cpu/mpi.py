@@ -15,8 +15,9 @@ from torchport.errors import LaunchError, OperationError
 from torchport.plugin import Collectives, Topology
 
 from torchport_cpu.membership import Membership
+from torchport_cpu.mpi_base import BACKEND
 from torchport_cpu.mpi_engine import Engine
-from torchport_cpu.mpi_group import BACKEND, MpiProcessGroup
+from torchport_cpu.mpi_group import MpiProcessGroup
 from torchport_cpu.mpi_probe import FLAVOURS, flavour_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class MpiCollectives(Collectives):
     """
 
     def rendezvous(self, topology: Topology, timeout: timedelta) -> Store:
-        """Return the store at the launcher's address; without one, rank 0 opens a store and MPI says where."""
+        """Return the store at the launcher's address; without one, MPI tells where rank 0 has opened it."""
         if topology.master_addr or topology.world_size == 1:
             return super().rendezvous(topology, timeout)
         engine = Engine.start()
@@ -99,13 +100,13 @@ def _create(options: Any, backend_options: Any) -> MpiProcessGroup:
 
 
 def _whole_world(engine: Engine) -> Topology:
-    """Describe all processes of the MPI job, for scripts that initialise `torch.distributed` by themselves."""
+    """Describe all processes of the MPI job, for scripts that initialise `torch.distributed` themselves."""
     world = engine.mpi.COMM_WORLD
     return Topology(rank=world.Get_rank(), world_size=world.Get_size(), source="MPI")
 
 
 def _gather_members(store: Store, rank: int, size: int, timeout: timedelta, name: str) -> None:
-    """Wait, with a timeout, until all members are about to create the communicator: MPI would wait for ever."""
+    """Wait until all members are about to create the communicator: MPI itself would wait for ever."""
     keys = [f"torchport_mpi/{member}" for member in range(size)]
     store.set(keys[rank], "here")
     try:

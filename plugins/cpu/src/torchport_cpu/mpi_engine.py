@@ -1,8 +1,8 @@
 """The MPI library of this process, and the thread that drives its operations.
 
-Every operation is a nonblocking MPI call. It is issued by the thread that asks for it, so that the calls on each
-communicator have the order of the program; whoever waits for it, and otherwise one thread in the background, tests
-it until it is complete or late. All MPI calls are made under one lock, so `MPI_THREAD_SERIALIZED` suffices.
+Every operation is a nonblocking MPI call. It is issued by the thread that asks for it, so that the calls on
+each communicator have the order of the program; whoever waits for it, and otherwise one thread in the background,
+tests it until it is complete or late. All MPI calls are made under one lock: `MPI_THREAD_SERIALIZED` suffices.
 """
 
 from __future__ import annotations

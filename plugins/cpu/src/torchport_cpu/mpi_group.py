@@ -1,153 +1,38 @@
-"""A `torch.distributed` process group over an MPI communicator."""
+"""A `torch.distributed` process group over MPI: its operations."""
+
+# Signatures follow PyTorch's C++ interface, of which its Python stubs are an outdated picture.
+# mypy: disable-error-code="override,assignment,misc"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torchport.errors import OperationError, UnsupportedOperationError
+from torchport.errors import UnsupportedOperationError
 
-from torchport_cpu.mpi_engine import Engine
+from torchport_cpu.mpi_base import MpiGroup, Start, Tensors
 from torchport_cpu.mpi_types import (
     Reduction,
     as_bytes,
     as_elements,
     as_parts,
     check_size,
-    check_tensors,
     disjoint,
-    reduction,
     writer,
 )
-from torchport_cpu.mpi_work import JoinedWork, MpiWork, Part
-
-BACKEND = "torchport_mpi"
-"""Name of the backend in `torch.distributed`, where "mpi" is the one that PyTorch must be compiled with."""
-
-Start = Callable[[], Part]
-Tensors = Sequence[torch.Tensor]
+from torchport_cpu.mpi_work import MpiWork, Part
 
 
-class MpiProcessGroup(dist.ProcessGroup):
-    """A process group over an MPI communicator.
+class MpiProcessGroup(MpiGroup):
+    """A process group over an MPI communicator, which DDP, FSDP and DTensor use like any other.
 
-    The methods are those of `torch.distributed.ProcessGroup`; each returns a `Work`. Tensors are dense, on the CPU,
-    of any strides. Elements that are only moved may have any dtype; reductions know the integers, booleans, 16-bit
-    floats (reduced in float32 and rounded once), 32-bit and 64-bit floats and complex numbers.
-
-    Args:
-        engine: The MPI library of this process.
-        communicator: An `MPI.Comm` of this group's own, freed by `shutdown`.
-        label: Name of the group, for errors.
-        timeout: How long an operation may wait for other processes.
+    The methods are those of `torch.distributed.ProcessGroup`; each returns a `Work`. Tensors are dense, on the
+    CPU, of any strides. Elements that are only moved may have any dtype; reductions know the integers, booleans,
+    16-bit floats (reduced in float32 and rounded once), 32-bit and 64-bit floats and complex numbers.
     """
-
-    def __init__(self, engine: Engine, communicator: Any, label: str, timeout: timedelta) -> None:
-        super().__init__(communicator.Get_rank(), communicator.Get_size())
-        self.engine, self.mpi, self.communicator = engine, engine.mpi, communicator
-        self.label, self.timeout = label, timeout
-        self.failure: Exception | None = None
-        self._coalescing: list[MpiWork] | None = None
-        self._sequence = 0
-        self._group_name, self._group_desc = label, ""
-
-    # --- identity and life -------------------------------------------------------------------------------
-
-    def getBackendName(self) -> str:
-        """Return the name of the backend."""
-        return BACKEND
-
-    def name(self) -> str:
-        """Return the name of the backend."""
-        return BACKEND
-
-    # PyTorch's own keep these in a registered C++ backend, which a group written in Python has not.
-
-    def setGroupName(self, name: str) -> None:  # noqa: N802
-        """Set the name that is unique among the groups of the job."""
-        self._group_name = name
-
-    def getGroupName(self) -> str:  # noqa: N802
-        """Return the name that is unique among the groups of the job."""
-        return self._group_name
-
-    def setGroupDesc(self, description: str) -> None:  # noqa: N802
-        """Set what the group is for."""
-        self._group_desc = description
-
-    def getGroupDesc(self) -> str:  # noqa: N802
-        """Return what the group is for."""
-        return self._group_desc
-
-    group_name = property(getGroupName)
-    group_desc = property(getGroupDesc)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Set how long operations may wait from now on."""
-        self.timeout = timeout
-
-    def shutdown(self) -> None:
-        """Wait for the operations under way and free the communicator."""
-        if self.communicator is None:
-            return
-        if self.failure is None:
-            for work in self.engine.outstanding(self):
-                work.wait()
-            with self.engine.lock:
-                if not self.mpi.Is_finalized():
-                    self.communicator.Free()
-        self.communicator = None
-
-    def abort(self) -> None:
-        """Give the group up: operations under way are abandoned, later ones fail."""
-        self.failure = self.failure or OperationError(f"{self.label} has been aborted")
-
-    def _set_sequence_number_for_group(self) -> None:
-        self._sequence = 0
-
-    def _get_sequence_number_for_group(self) -> int:
-        return self._sequence
-
-    def _submit(
-        self,
-        name: str,
-        starts: Sequence[Start],
-        outputs: Tensors,
-        options: Any = None,
-        *,
-        inputs: Tensors = (),
-    ) -> MpiWork:
-        """Issue the MPI calls of one operation, in the order in which the program asks for them."""
-        check_tensors(name, *outputs, *inputs)
-        timeout = getattr(options, "timeout", None)
-        limit = self.timeout if timeout is None or timeout <= timedelta(0) else timeout
-        work = MpiWork(self.engine, self, name, [], outputs, limit.total_seconds())
-        if self.communicator is None:
-            raise OperationError(f"{work.describe()}: the process group has been destroyed")
-        if self.failure is not None:
-            raise OperationError(
-                f"{work.describe()} cannot start: an earlier operation of the group failed",
-                reason=str(self.failure).splitlines()[0],
-            ) from self.failure
-        with self.engine.lock:
-            self._sequence += 1
-            for start in starts:
-                work.parts.append(start())
-            self.engine.add(work, awaited=not getattr(options, "asyncOp", True))
-        if self._coalescing is not None:
-            self._coalescing.append(work)
-        return work
-
-    def _start_coalescing(self, device: torch.device) -> None:
-        self._coalescing = []
-
-    def _end_coalescing(self, device: torch.device) -> JoinedWork:
-        works, self._coalescing = self._coalescing or [], None
-        return JoinedWork(works)
 
     # --- one to all, all to one --------------------------------------------------------------------------
 
@@ -166,7 +51,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self._submit("broadcast", [start(t) for t in tensors], tensors, opts)
 
     def reduce(self, tensors: list[torch.Tensor], opts: Any = None) -> MpiWork:
-        """Reduce `tensors` over all ranks into those of rank `opts.rootRank`; the others' stay as they are."""
+        """Reduce `tensors` over all ranks into those of rank `opts.rootRank`, and no others."""
         root = getattr(opts, "rootRank", 0)
 
         def start(tensor: torch.Tensor) -> Start:
@@ -311,7 +196,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     def allgather_coalesced(
         self, output_lists: list[list[torch.Tensor]], input_list: list[torch.Tensor], opts: Any = None
     ) -> MpiWork:
-        """Collect several tensors of all ranks: `output_lists[rank][i]` becomes that rank's `input_list[i]`."""
+        """Collect several tensors: `output_lists[rank][i]` becomes that rank's `input_list[i]`."""
         name = "all_gather_coalesced"
         columns = [[row[index] for row in output_lists] for index in range(len(input_list))]
         starts = [self._all_gather(name, c, t) for c, t in zip(columns, input_list, strict=True)]
@@ -449,30 +334,6 @@ class MpiProcessGroup(dist.ProcessGroup):
             return Part(request, (staged,), writer(tensor, staged), status, staged.nbytes)
 
         return self._submit(name, [call], tensors)
-
-    # --- checks ------------------------------------------------------------------------------------------
-
-    def _reduction(self, opts: Any, tensor: torch.Tensor) -> Reduction:
-        op = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-        return reduction(self.mpi, op, tensor.dtype, self.size())
-
-    def _check_list(self, name: str, tensors: Tensors) -> None:
-        check_size(name, "tensors in the list", len(tensors), self.size())
-
-    def _split_counts(self, what: str, tensor: torch.Tensor, splits: Sequence[int]) -> list[int]:
-        rows = tensor.shape[0] if tensor.dim() else 1
-        if not splits:
-            if rows % self.size():
-                raise OperationError(
-                    f"all_to_all_single: {what} cannot be split equally",
-                    found=f"{rows} rows for {self.size()} ranks",
-                    hint=f"pass {what}_split_sizes",
-                )
-            splits = [rows // self.size()] * self.size()
-        check_size("all_to_all_single", f"{what} split sizes", len(splits), self.size())
-        check_size("all_to_all_single", f"sum of {what} split sizes", sum(splits), rows)
-        row = tensor.numel() // rows if rows else 0
-        return [split * row for split in splits]
 
     # Names of torch before 2.13, and of its deprecated aliases.
     _allgather_base = all_gather_single

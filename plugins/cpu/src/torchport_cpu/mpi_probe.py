@@ -47,7 +47,7 @@ class Library:
 
 
 def flavour_of(version: str) -> str:
-    """Return `"openmpi"`, `"mpich"` or `"intelmpi"` for the version text of a library or launcher, else `""`."""
+    """Return `"openmpi"`, `"mpich"` or `"intelmpi"` for what a library or launcher prints, else `""`."""
     text = version.lower()
     if "open mpi" in text or "open-mpi" in text or "openrte" in text:
         return "openmpi"
@@ -83,7 +83,7 @@ def find_library(environ: Mapping[str, str] | None = None) -> Library:
         lines = answer.stderr.strip().splitlines()
         errors = [line for line in lines if "Error:" in line] or lines[-1:] or [f"status {answer.returncode}"]
         return Library(reason=f"mpi4py loads no MPI library ({errors[-1].strip()}): {INSTALL}")
-    version, path = (answer.stdout.splitlines() + ["", ""])[:2]
+    version, path = [*answer.stdout.splitlines(), "", ""][:2]
     return Library(version=version.strip(), path=path)
 
 

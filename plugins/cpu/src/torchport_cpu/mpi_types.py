@@ -167,4 +167,8 @@ def writer(target: torch.Tensor, staged: torch.Tensor) -> Callable[[], None] | N
     if staged.data_ptr() == target.data_ptr() and staged.dtype == target.dtype and target.is_contiguous():
         return None
     destination = target.detach()
-    return lambda: destination.copy_(staged.view(destination.shape)) and None
+
+    def write() -> None:
+        destination.copy_(staged.view(destination.shape))
+
+    return write

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torchport.errors import OperationError
 
 if TYPE_CHECKING:
+    from torchport_cpu.mpi_base import MpiGroup
     from torchport_cpu.mpi_engine import Engine
-    from torchport_cpu.mpi_group import MpiProcessGroup
 
 
 class CollectiveTimeoutError(OperationError):
@@ -41,7 +41,7 @@ class Part:
     expected: int = -1
 
 
-class MpiWork(dist.Work):  # type: ignore[misc]
+class MpiWork(dist.Work):
     """A collective or point-to-point operation that may still be under way.
 
     Args:
@@ -56,7 +56,7 @@ class MpiWork(dist.Work):  # type: ignore[misc]
     def __init__(
         self,
         engine: Engine,
-        group: MpiProcessGroup,
+        group: MpiGroup,
         name: str,
         parts: list[Part],
         outputs: Sequence[torch.Tensor],
@@ -201,7 +201,7 @@ class MpiWork(dist.Work):  # type: ignore[misc]
         return self.outputs
 
 
-class JoinedWork(dist.Work):  # type: ignore[misc]
+class JoinedWork(dist.Work):
     """Several operations, waited for as one."""
 
     def __init__(self, works: Sequence[MpiWork]) -> None:
@@ -210,7 +210,7 @@ class JoinedWork(dist.Work):  # type: ignore[misc]
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait until all are over."""
-        return all([work.wait(timeout) for work in self.works])
+        return all(work.wait(timeout) for work in self.works)
 
     def is_completed(self) -> bool:
         """Return whether all are over."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from torchport import envvars
 from torchport.errors import LaunchError
 from torchport.plugin import Job, Launcher, Probe, Topology
+
 from torchport_cpu.cores import thread_limit
 from torchport_cpu.mpi_probe import FLAVOURS, INSTALL, Library, find_library, flavour_of
 
@@ -24,14 +25,27 @@ _NAMES = ("mpiexec", "mpirun", "mpiexec.hydra", "ompirun_wrapper", "mpirun.openm
 `ompirun_wrapper` is what `mpirun` of the PyPI wheel of Open MPI runs.
 """
 
-_FORWARDED = ("TORCHPORT_", "MASTER_", "OMP_", "MKL_", "KMP_", "MPI4PY_", "PYTHON", "LD_", "VIRTUAL_ENV", "PATH")
+_FORWARDED = (
+    "TORCHPORT_",
+    "MASTER_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "MPI4PY_",
+    "PYTHON",
+    "LD_",
+    "VIRTUAL_ENV",
+    "PATH",
+)
 """Beginnings of names of variables that the processes on other machines get in any case."""
 
 _HOST_FLAGS = frozenset(
     {"-H", "-host", "--host", "-hosts", "-f", "-hostfile", "--hostfile", "-machinefile", "--machinefile"}
 )
 _RESOURCE_MANAGERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "PE_HOSTFILE")
-_PLACEMENT = frozenset({"--bind-to", "-bind-to", "--map-by", "-map-by", "--rank-by", "--cpu-set", "--rankfile"})
+_PLACEMENT = frozenset(
+    {"--bind-to", "-bind-to", "--map-by", "-map-by", "--rank-by", "--cpu-set", "--rankfile"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +226,9 @@ def check_job(job: Job, environ: Mapping[str, str]) -> None:
         )
 
 
-def build_arguments(job: Job, program: Program, forward: Iterable[str] = (), *, root: bool = False) -> list[str]:
+def build_arguments(
+    job: Job, program: Program, forward: Iterable[str] = (), *, root: bool = False
+) -> list[str]:
     """Return the whole command line.
 
     Args:
@@ -239,7 +255,9 @@ def _openmpi_flags(job: Job, program: Program, forward: list[str], root: bool) -
     if job.log_prefix and job.num_processes > 1:
         flags += ["--output", "tag"] if program.major >= 5 else ["--tag-output"]
     if job.log_dir:
-        flags += ["--output", f"dir={job.log_dir}"] if program.major >= 5 else ["--output-filename", job.log_dir]
+        flags += (
+            ["--output", f"dir={job.log_dir}"] if program.major >= 5 else ["--output-filename", job.log_dir]
+        )
     for name in forward:
         flags += ["-x", name]
     return flags
@@ -253,7 +271,12 @@ def _hydra_flags(job: Job, program: Program, forward: list[str], root: bool) -> 
     if job.log_prefix and job.num_processes > 1:
         flags += ["-prepend-rank"]
     if job.log_dir:
-        flags += ["-outfile-pattern", f"{job.log_dir}/rank%r.out", "-errfile-pattern", f"{job.log_dir}/rank%r.err"]
+        flags += [
+            "-outfile-pattern",
+            f"{job.log_dir}/rank%r.out",
+            "-errfile-pattern",
+            f"{job.log_dir}/rank%r.err",
+        ]
     if forward:
         flags += ["-genvlist", ",".join(forward)]
     return flags

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torchport import envvars
 from torchport.errors import LaunchError
 from torchport.plugin import Job, Launcher, Probe, Topology
+
 from torchport_cpu.cores import thread_limit
 
 _PSEUDO_STEPS = 0xFFFFFFF0
@@ -57,7 +58,9 @@ class SlurmLauncher(Launcher):
         world, node = int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_NODEID"])
         tasks = expand_tasks(environ["SLURM_STEP_TASKS_PER_NODE"])
         if node >= len(tasks):
-            raise ValueError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE lists {len(tasks)} nodes")
+            raise ValueError(
+                f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE lists {len(tasks)} nodes"
+            )
         address, port = _meeting_place(environ, int(step)) if world > 1 else ("", 0)
         return Topology(
             rank=int(environ["SLURM_PROCID"]),
