@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from torchport import envvars
 from torchport.aliases import DISTRIBUTED_TYPES, translate_environment
@@ -62,10 +63,14 @@ class Runtime:
         backend: The backend.
         device: The device of this process.
         collectives: The open process group; `None` where the plan needs none.
+        store: The key-value store that the processes of the job share. The process meets the others once, at one
+            address; a run that follows another in the same process goes on with the same store.
         generation: How many plans have been compared with the other processes.
     """
 
     current: Runtime | None = None
+    store: Store | None = None
+    generation: int = 0
 
     def __init__(self, plan: Plan, request: Request) -> None:
         environ = translate_environment(os.environ)
@@ -76,10 +81,8 @@ class Runtime:
             self.backend.bind_cpu(self.topology)
         self.device: torch.device = self.backend.device(self.topology.local_rank)
         self.collectives: Collectives | None = None
-        self.store: Store | None = None
         self.timeout = _timeout(request)
         self.debug = envvars.flag(environ, envvars.DEBUG)
-        self.generation = 0
         self._adopt(plan)
 
     @classmethod
@@ -107,8 +110,8 @@ class Runtime:
                 )
         if plan.distributed and self.collectives is None:
             self._open_group(plan)
-        elif self.store is not None:
-            self._compare(plan, self.store)
+        elif self.collectives is not None:
+            self._compare(plan)
         self.plan = plan
         exchange.use_group(
             self.collectives,
@@ -122,17 +125,20 @@ class Runtime:
 
     def _open_group(self, plan: Plan) -> None:
         collectives: Collectives = build(plan["collectives"])
-        self.store = collectives.rendezvous(self.topology, self.timeout)
-        self._compare(plan, self.store)
-        collectives.open(self.topology, self.device, self.timeout, self.store)
+        if Runtime.store is None:
+            Runtime.store = collectives.rendezvous(self.topology, self.timeout)
+        self._compare(plan)
+        prefix = f"torchport/group/{Runtime.generation}"
+        group_store = dist.PrefixStore(prefix, Runtime.store)  # type: ignore[attr-defined]
+        collectives.open(self.topology, self.device, self.timeout, group_store)
         self.collectives = collectives
         atexit.register(self._close_at_exit)
 
-    def _compare(self, plan: Plan, store: Store) -> None:
+    def _compare(self, plan: Plan) -> None:
         """Compare plans with the other processes before anything else is exchanged."""
-        self.generation += 1
-        if self.topology.world_size > 1:
-            compare_plans(plan, store, f"torchport/plan/{self.generation}")
+        Runtime.generation += 1
+        if self.topology.world_size > 1 and Runtime.store is not None:
+            compare_plans(plan, Runtime.store, f"torchport/plan/{Runtime.generation}")
 
     def _report(self, plan: Plan) -> None:
         if self.topology.rank == 0:
@@ -168,7 +174,7 @@ class Runtime:
         if self.collectives is not None:
             self.collectives.close()
             atexit.unregister(self._close_at_exit)
-        self.collectives = self.store = None
+        self.collectives = None
         exchange.reset_group()
         if Runtime.current is self:
             Runtime.current = None
