@@ -108,6 +108,7 @@ class RankStream:
         self.prefix = f"[rank{rank}]: ".encode()
         self.own_prefix = f"[rank{rank}]:".encode()
         self.traceback_at: float | None = None
+        self.uncaught_at: float | None = None
         self.consequence = False
         self.held_since: float | None = None
         self.partial_since: float | None = None
@@ -178,6 +179,8 @@ class RankStream:
             if self.held_since is None and starts and _TRACEBACK.match(segment):
                 self.held_since = time.monotonic()
                 self.traceback_at, self.consequence = self.held_since, False
+                # PyTorch puts the rank before what nobody caught, and before nothing else: the process is ending.
+                self.uncaught_at = self.held_since if segment.startswith(self.own_prefix) else None
                 self._muted = self._dropping
                 if self._muted:
                     self.held_since = None

@@ -33,6 +33,12 @@ STALE = 5.0
 DECISION = 0.3
 """Seconds to wait for the culprit when the first rank to exit seems to have failed because of another."""
 
+UNCAUGHT = 0.1
+"""Seconds after the beginning of a traceback that nobody caught for which its process may end by itself."""
+
+ENDING = 0.75
+"""Seconds after which such a process is killed: importing torch makes the end of Python slow."""
+
 FAULT_GRACE = 0.4
 """Seconds between SIGTERM and SIGKILL for the other ranks after a failure."""
 
@@ -88,6 +94,7 @@ class Supervisor:
         self.received: int | None = None
         self._selector = selectors.DefaultSelector()
         self._stopped = 0
+        self._cut_short = False
         self._decide_at: float | None = None
         self._kill_at: float | None = None
 
@@ -175,6 +182,8 @@ class Supervisor:
         for worker in self.workers:
             if worker.err.held_since is not None and not self._stopping:
                 deadlines.append(worker.err.held_since + self._hold(worker))
+            if self._ending(worker):
+                deadlines.append((worker.err.uncaught_at or 0.0) + UNCAUGHT)
             for stream in (worker.out, worker.err):
                 if stream.partial_since is not None and stream.held_since is None:
                     deadlines.append(stream.partial_since + PROMPT_DELAY)
@@ -205,10 +214,13 @@ class Supervisor:
             held = worker.err.held_since
             if held is not None and worker.alive and not self._failed and now >= held + self._hold(worker):
                 worker.err.release()
+            if self._ending(worker) and now >= (worker.err.uncaught_at or 0.0) + UNCAUGHT:
+                self._fail(worker)
         if self._decide_at is not None and now >= self._decide_at:
             self._decide()
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
+            self._cut_short = self.culprit is not None and self.culprit.alive
             self._signal_all(signal.SIGKILL)
 
     def _hold(self, worker: Worker) -> float:
@@ -230,6 +242,18 @@ class Supervisor:
     def _stopping(self) -> bool:
         return self.culprit is not None or self.received is not None
 
+    def _ending(self, worker: Worker) -> bool:
+        """Whether a worker that runs is known to end with a failure, and that has not been dealt with."""
+        uncaught = worker.alive and worker.err.uncaught_at is not None
+        return uncaught and worker.failed_at is None and not self._stopping
+
+    def _fail(self, worker: Worker) -> None:
+        """A worker has failed: settle who failed first, now or when the others have had a moment to show it."""
+        worker.failed_at = time.monotonic()
+        self._decide_at = self._decide_at or worker.failed_at + DECISION
+        if self._certain(worker):
+            self._decide()
+
     def _reap(self, worker: Worker) -> None:
         """Notice that a worker has exited; end what it left running; read its last words."""
         code = exit_code_of(worker.process)
@@ -248,11 +272,9 @@ class Supervisor:
         worker.out.close()
         worker.err.close()
         if worker.returncode != 0 and not self._stopping:
-            worker.failed_at = time.monotonic()
-            worker.err.forget_old_traceback(STALE)
-            self._decide_at = self._decide_at or worker.failed_at + DECISION
-            if self._certain(worker):
-                self._decide()
+            if worker.failed_at is None:
+                worker.err.forget_old_traceback(STALE)
+                self._fail(worker)
         elif worker.returncode == 0 and not self._stopping:
             worker.err.release()
 
@@ -291,6 +313,8 @@ class Supervisor:
                 worker.err.discard(everything=True)
         self._stopped = sum(worker.alive or worker.failed_at is not None for worker in self.workers) - 1
         self._stop(signal.SIGTERM, FAULT_GRACE)
+        if self.culprit.alive and self.culprit.err.uncaught_at is not None and self._kill_at is not None:
+            self._kill_at = max(self._kill_at, self.culprit.err.uncaught_at + ENDING)
 
     # --- stopping ---
 
@@ -313,7 +337,8 @@ class Supervisor:
 
     def _signal_all(self, number: int) -> None:
         for worker in self.workers:
-            if worker.alive:
+            spared = worker is self.culprit and number == signal.SIGTERM and self.received is None
+            if worker.alive and not spared:  # the culprit ends by itself
                 worker.signal_group(number)
 
     def _kill_all(self) -> None:
@@ -329,7 +354,8 @@ class Supervisor:
         if self.culprit is None and self._failed and self.received is None:
             self._decide()
         if self.culprit is not None and not self.job.quiet:
-            how = describe_exit(self.culprit.returncode or 0)
+            self.culprit.err.release()
+            how = describe_exit(self._culprit_code())
             stopped = {0: "", 1: "; the other rank was stopped"}.get(
                 self._stopped, f"; the other {self._stopped} ranks were stopped"
             )
@@ -347,8 +373,15 @@ class Supervisor:
             return 128 + self.received
         if self.culprit is None:
             return 0
-        code = self.culprit.returncode or 0
+        code = self._culprit_code()
         return code if code > 0 else 128 - code
+
+    def _culprit_code(self) -> int:
+        """The exit code of the rank that failed first, or minus the signal that killed it."""
+        code = self.culprit.returncode if self.culprit is not None else None
+        if code is None or (self._cut_short and code < 0):
+            return 1  # what Python returns after an exception that nobody caught
+        return code
 
 
 def describe_exit(returncode: int) -> str:
