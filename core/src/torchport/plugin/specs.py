@@ -385,7 +385,15 @@ def _check_integer(spec: Spec, attribute: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One of the kinds of plugin: its hook, its descriptor and the variable that selects among them."""
+    """One of the kinds of plugin: its hook, its descriptor and the variable that selects among them.
+
+    Attributes:
+        name: Name of the kind.
+        hook: Name of the hook that offers plugins of this kind.
+        spec: Class of its descriptors.
+        variable: Environment variable that fills the slot; empty where there is no slot.
+        plural: The name for several.
+    """
 
     name: str
     hook: str

@@ -52,7 +52,7 @@ class Prepared:
         clip_grad_norm: Clips to a total norm and returns the norm before:
             `clip_grad_norm(parameters, max_norm, norm_type)`.
         clip_grad_value: Clips each element: `clip_grad_value(parameters, value)`.
-        scale_gradients: Multiplies all gradients: `scale_gradients(factor)`, a float or 0-dim tensor.
+        gradients: Returns the gradients that this process holds, each once: `gradients()`.
         unscale_gradients: Divides the loss scale out of the gradients of one optimizer, or of all (`None`).
         owns_accumulation: Whether the strategy counts and averages micro-batches itself.
     """
