@@ -45,10 +45,16 @@ class Launches:
         return path
 
     def environ(self, **variables: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if k not in _JOB and not k.startswith(("TORCHPORT_", "ACCELERATE_"))}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in _JOB and not k.startswith(("TORCHPORT_", "ACCELERATE_"))
+        }
         return {**kept, TAG: self.tag, **variables}
 
-    def start(self, *arguments: str, command: tuple[str, ...] = (), stdin: str | None = None, **variables: str):
+    def start(
+        self, *arguments: str, command: tuple[str, ...] = (), stdin: str | None = None, **variables: str
+    ):
         command = command or (sys.executable, "-m", "torchport", "launch")
         process = subprocess.Popen(
             [*command, *map(str, arguments)],

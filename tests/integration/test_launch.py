@@ -52,7 +52,11 @@ def test_each_of_several_processes_gets_its_rank_and_a_common_place_to_meet(laun
     workers.sort(key=lambda worker: worker["ranks"]["RANK"])
     assert [w["ranks"]["RANK"] for w in workers] == ["0", "1", "2"]
     assert [w["ranks"]["LOCAL_RANK"] for w in workers] == ["0", "1", "2"]
-    assert {w["ranks"]["WORLD_SIZE"] for w in workers} == {w["ranks"]["LOCAL_WORLD_SIZE"] for w in workers} == {"3"}
+    assert (
+        {w["ranks"]["WORLD_SIZE"] for w in workers}
+        == {w["ranks"]["LOCAL_WORLD_SIZE"] for w in workers}
+        == {"3"}
+    )
     assert {(w["ranks"]["GROUP_RANK"], w["ranks"]["MASTER_ADDR"]) for w in workers} == {("0", "127.0.0.1")}
     assert len({w["ranks"]["MASTER_PORT"] for w in workers}) == 1
     assert len({w["pid"] for w in workers}) == 3
@@ -71,7 +75,9 @@ def test_a_module_runs_as_python_m_and_is_not_imported_by_the_launcher(launches)
     launches.write("pack/train.py", "import os, sys\nprint('run in', os.getpid(), sys.argv[1:])")
     process = launches.start("-m", "pack.train", "--lr", "1")
     stdout, stderr = process.communicate(timeout=60)
-    assert stdout.splitlines() == [f"imported in {process.pid}", f"run in {process.pid} ['--lr', '1']"], stderr
+    assert stdout.splitlines() == [f"imported in {process.pid}", f"run in {process.pid} ['--lr', '1']"], (
+        stderr
+    )
 
 
 def test_a_program_runs_by_itself_with_no_python(launches):
@@ -101,7 +107,9 @@ def test_each_line_is_prefixed_once_with_its_rank(launches):
     finished = launches.run("-n", "2", "talk.py")
     assert finished.lines == [f"[rank{rank}]: {word}" for rank in (0, 1) for word in ("one", "two")]
     assert sorted(finished.stderr.splitlines()) == [
-        f"[rank{rank}]: {line}" for rank in (0, 1) for line in ("no newline at the end", "spoken by torch", "three")
+        f"[rank{rank}]: {line}"
+        for rank in (0, 1)
+        for line in ("no newline at the end", "spoken by torch", "three")
     ]
 
 
@@ -126,11 +134,15 @@ def test_progress_bars_and_prompts_are_shown_before_their_line_ends(launches):
 
 def test_rank_0_reads_standard_input_and_the_others_find_it_empty(launches):
     launches.write("read.py", "import sys; print(repr(sys.stdin.read()))")
-    assert launches.run("-n", "2", "read.py", stdin="for all\n").lines == ["[rank0]: 'for all\\n'", "[rank1]: ''"]
+    assert launches.run("-n", "2", "read.py", stdin="for all\n").lines == [
+        "[rank0]: 'for all\\n'",
+        "[rank1]: ''",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("tee", "stdout", "stderr"), [("0", False, False), ("1", True, False), ("2", False, True), ("3", True, True)]
+    ("tee", "stdout", "stderr"),
+    [("0", False, False), ("1", True, False), ("2", False, True), ("3", True, True)],
 )
 def test_tee_chooses_the_streams_on_the_console_and_log_dir_keeps_all(launches, tee, stdout, stderr):
     launches.write("talk.py", "import sys; print('out'); print('err', file=sys.stderr)")
@@ -296,10 +308,15 @@ def test_a_port_in_use_is_refused(launches, processes):
         other.listen()
         port = str(other.getsockname()[1])
         error = refused(launches.run("-n", processes, "--main-process-port", port, "ok.py"))
-    assert f"--main-process-port asks for port {port}, which cannot be used\n  reason: Address already in use" in error
+    assert (
+        f"--main-process-port asks for port {port}, which cannot be used\n  reason: Address already in use"
+        in error
+    )
 
 
 def test_a_program_that_the_system_cannot_execute_is_refused(launches):
     launches.write("program", "no interpreter line").chmod(0o755)
     for processes in ("1", "2"):
-        assert "'./program' cannot be executed" in refused(launches.run("-n", processes, "--no-python", "./program"))
+        assert "'./program' cannot be executed" in refused(
+            launches.run("-n", processes, "--no-python", "./program")
+        )

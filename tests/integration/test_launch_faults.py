@@ -45,13 +45,16 @@ def begin(launches, *arguments, ranks=2, **options):
 
 
 def test_a_worker_that_raises_ends_the_job_within_a_second_with_its_own_traceback(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 ready()
 if rank == 1:
     wait("go")
     raise ValueError("my own fault")
 time.sleep(600)
-""")
+""",
+    )
     process = begin(launches, ranks=3)
     seconds, stdout, stderr = fault(process)
     assert (process.returncode, stdout) == (1, "")
@@ -74,13 +77,16 @@ def test_quiet_prints_the_failing_ranks_own_error_and_nothing_else(launches):
 
 
 def test_a_worker_that_is_killed_ends_the_job_within_a_second(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 ready()
 if rank == 0:
     wait("go")
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(600)
-""")
+""",
+    )
     process = begin(launches)
     seconds, _, stderr = fault(process)
     assert process.returncode == 128 + 9
@@ -93,7 +99,9 @@ time.sleep(600)
 
 
 def test_siblings_that_ignore_sigterm_and_their_children_are_killed(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 if rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -103,7 +111,8 @@ if rank == 1:
     wait("go")
     sys.exit(4)
 time.sleep(600)
-""")
+""",
+    )
     process = begin(launches)
     seconds, _, _ = fault(process)
     assert process.returncode == 4
@@ -112,7 +121,9 @@ time.sleep(600)
 
 
 def test_siblings_get_the_chance_to_end_by_themselves(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 def end(*_):
     pathlib.Path("saved").write_text("yes")
     sys.exit(0)
@@ -122,7 +133,8 @@ if rank == 1:
     wait("go")
     sys.exit(4)
 time.sleep(600)
-""")
+""",
+    )
     process = begin(launches)
     fault(process)
     assert process.returncode == 4
@@ -131,7 +143,9 @@ time.sleep(600)
 
 def test_the_traceback_of_a_rank_that_fails_because_of_another_is_not_shown(launches):
     """Rank 0 prints its error, and is gone, long before rank 1, whose fault it was, has ended."""
-    script(launches, """
+    script(
+        launches,
+        """
 import traceback
 ready()
 wait("go")
@@ -148,7 +162,8 @@ wait("raised")
 import atexit
 atexit.register(ready, "gone")
 raise RuntimeError("the other side hung up")
-""")
+""",
+    )
     process = begin(launches, "--log-dir", "logs")
     seconds, _, stderr = fault(process)
     assert seconds <= 1
@@ -159,14 +174,17 @@ raise RuntimeError("the other side hung up")
 
 
 def test_a_lost_connection_is_not_the_first_failure_when_another_rank_fails_too(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 ready()
 wait("go")
 if rank == 0:
     raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
 time.sleep(0.2)
 os._exit(7)
-""")
+""",
+    )
     process = begin(launches)
     _, _, stderr = fault(process)
     assert process.returncode == 7
@@ -175,13 +193,16 @@ os._exit(7)
 
 
 def test_a_lost_connection_is_shown_when_nobody_else_failed(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 ready()
 wait("go")
 if rank == 0:
     raise RuntimeError("Connection closed by peer [10.0.0.1]:4242")
 time.sleep(600)
-""")
+""",
+    )
     process = begin(launches)
     seconds, _, stderr = fault(process)
     assert process.returncode == 1
@@ -189,8 +210,12 @@ time.sleep(600)
     assert "[rank0]: RuntimeError: Connection closed by peer [10.0.0.1]:4242" in stderr
 
 
-def test_a_process_whose_end_takes_long_after_an_exception_that_nobody_caught_does_not_delay_the_job(launches):
-    script(launches, """
+def test_a_process_whose_end_takes_long_after_an_exception_that_nobody_caught_does_not_delay_the_job(
+    launches,
+):
+    script(
+        launches,
+        """
 import atexit
 ready()
 wait("go")
@@ -199,7 +224,8 @@ if rank == 1:
     print("[rank1]: Traceback (most recent call last):\\n[rank1]: ValueError: mine", file=sys.stderr)
     sys.exit(1)
 time.sleep(600)
-""")
+""",
+    )
     process = begin(launches)
     seconds, _, stderr = fault(process)
     assert seconds <= 1
@@ -213,9 +239,13 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-@pytest.mark.parametrize("how", ["raise RuntimeError('my own fault')", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize(
+    "how", ["raise RuntimeError('my own fault')", "os.kill(os.getpid(), signal.SIGKILL)"]
+)
 def test_a_fault_in_the_middle_of_real_training_shows_that_rank_alone(launches, culprit, how):
-    script(launches, f"""
+    script(
+        launches,
+        f"""
 import torch
 import torch.distributed as dist
 dist.init_process_group("gloo")
@@ -226,7 +256,8 @@ for step in range(10**9):
     if rank == {culprit} and step > 5 and os.path.exists("go"):
         {how}
     model(torch.ones(4, 64)).sum().backward()
-""")
+""",
+    )
     process = begin(launches)
     seconds, _, stderr = fault(process)
     assert process.returncode == (1 if "raise" in how else 137)
@@ -266,12 +297,15 @@ def test_a_signal_to_the_launcher_ends_everything_within_two_seconds_without_noi
 
 
 def test_a_second_ctrl_c_kills_at_once(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 signal.signal(signal.SIGINT, lambda *_: ready(f"told{rank}"))
 ready()
 while True:
     time.sleep(600)
-""")
+""",
+    )
     process = begin(launches)
     process.send_signal(signal.SIGINT)
     launches.wait_for("told0", "told1")
@@ -283,7 +317,9 @@ while True:
 
 
 def test_ctrl_c_reaches_the_script_which_may_say_and_save_something(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 ready()
 try:
     time.sleep(600)
@@ -291,7 +327,8 @@ except KeyboardInterrupt:
     print("saved", flush=True)
     print("bye", file=sys.stderr, flush=True)
     raise
-""")
+""",
+    )
     process = begin(launches)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
@@ -308,18 +345,23 @@ def test_workers_die_with_a_launcher_that_is_killed(launches):
 
 
 def test_user_signals_are_for_the_script(launches):
-    script(launches, """
+    script(
+        launches,
+        """
 done = []
 signal.signal(signal.SIGUSR1, lambda *_: done.append(1))
 ready()
 while not done:
     time.sleep(0.01)
 print("told")
-""")
+""",
+    )
     process = begin(launches)
     process.send_signal(signal.SIGUSR1)
     stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, sorted(stdout.splitlines())) == (0, ["[rank0]: told", "[rank1]: told"]), stderr
+    assert (process.returncode, sorted(stdout.splitlines())) == (0, ["[rank0]: told", "[rank1]: told"]), (
+        stderr
+    )
 
 
 def test_a_launcher_under_nohup_survives_the_end_of_the_terminal(launches):

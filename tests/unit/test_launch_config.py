@@ -211,7 +211,9 @@ def test_a_variable_of_our_own_comes_before_a_documented_one():
 
 
 def test_documented_variables_that_disagree_are_refused():
-    with pytest.raises(ConfigurationError, match="ACCELERATE_USE_DEEPSPEED asks for TORCHPORT_STRATEGY=deepspeed"):
+    with pytest.raises(
+        ConfigurationError, match="ACCELERATE_USE_DEEPSPEED asks for TORCHPORT_STRATEGY=deepspeed"
+    ):
         aliases.translate_environment({"ACCELERATE_USE_FSDP": "1", "ACCELERATE_USE_DEEPSPEED": "1"})
 
 
@@ -235,7 +237,6 @@ def test_a_file_that_cannot_be_followed_is_refused(file, text, expected):
 
 
 # --- settings of plugins ---
-
 
 
 def _plugin() -> PluginSettings:

@@ -40,7 +40,10 @@ def test_the_machine_follows_from_the_rank_where_nobody_says_it():
     [
         ({"WORLD_SIZE": ""}, "RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2 without WORLD_SIZE"),
         ({"RANK": ""}, "without RANK"),
-        ({"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}, "RANK=0, WORLD_SIZE=2 without LOCAL_RANK, LOCAL_WORLD_SIZE"),
+        (
+            {"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""},
+            "RANK=0, WORLD_SIZE=2 without LOCAL_RANK, LOCAL_WORLD_SIZE",
+        ),
         ({"RANK": "", "LOCAL_RANK": ""}, "WORLD_SIZE=2 is set, but RANK is not"),
         ({"RANK": "2"}, "RANK=2 contradicts WORLD_SIZE=2"),
         ({"RANK": "-1"}, "RANK=-1 contradicts WORLD_SIZE=2"),
@@ -65,7 +68,13 @@ def test_exactly_one_launcher_recognizes_the_variables(extra, source):
 
 
 def options(**changes) -> tuple[str, ...]:
-    job = Job(command=("python", "train.py", "--lr", "1"), environ={}, num_processes=4, main_process_port=4242, **changes)
+    job = Job(
+        command=("python", "train.py", "--lr", "1"),
+        environ={},
+        num_processes=4,
+        main_process_port=4242,
+        **changes,
+    )
     return TorchrunLauncher(SPECS["torchrun"]).command(job)[3:]
 
 
