@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from torchport import envvars
-from torchport.aliases import resolve_keywords
+from torchport.aliases import resolve_keywords, translate_environment
 from torchport.checkpoint.project import Checkpoints, HookHandle
 from torchport.checkpoint.state import Contents
 from torchport.checkpoint.weights import save_weights
@@ -507,7 +507,7 @@ def _accumulation(steps: int | None, plugin: GradientAccumulationPlugin | None) 
         )
     plugin = plugin or GradientAccumulationPlugin()
     if plugin.num_steps is None:
-        text = os.environ.get(envvars.ACCUMULATION_STEPS) or "1"
+        text = translate_environment(os.environ).get(envvars.ACCUMULATION_STEPS) or "1"
         if steps is None and not text.isdigit():
             raise ConfigurationError(f"{envvars.ACCUMULATION_STEPS} must be a whole number", found=repr(text))
         plugin.num_steps = int(text) if steps is None else steps

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
-
 from torchport import Accelerator, PartialState
 from torchport.state import AcceleratorState
 
@@ -31,7 +30,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-def by_hand(samples: int, accumulate: int, dtype: torch.dtype | None, scale: bool, clip: float | None) -> list[float]:
+def by_hand(
+    samples: int, accumulate: int, dtype: torch.dtype | None, scale: bool, clip: float | None
+) -> list[float]:
     state = PartialState()
     rank, world = state.process_index, state.num_processes
     model = network()
