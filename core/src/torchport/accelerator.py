@@ -107,7 +107,7 @@ class Accelerator(ProcessControl):
         precision = self._runtime.precision()
         self._context = self._runtime.context(precision, self.gradient_state.num_steps, handlers)
         precision.open(self._context)
-        self._autocast = precision.forward_context(self._context)
+        self._autocast: Callable[[], AbstractContextManager[Any]] = precision.forward_context(self._context)
         self._contents = Contents(self._runtime, self._runtime.strategy(), precision)
         self._checkpoints = Checkpoints(self._contents, self.project_configuration, self)
         self._preparation = Preparation(

@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any
 
 
-
 class KwargsHandler:
     """Base of the dataclasses that `Accelerator(kwargs_handlers=[...])` takes."""
 
@@ -115,7 +114,9 @@ class GradientAccumulationPlugin(KwargsHandler):
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"GradientAccumulationPlugin.num_steps must be at least 1, found {self.num_steps}")
+            raise ValueError(
+                f"GradientAccumulationPlugin.num_steps must be at least 1, found {self.num_steps}"
+            )
 
 
 @dataclasses.dataclass
