@@ -80,9 +80,10 @@ def find_library(environ: Mapping[str, str] | None = None) -> Library:
     except (OSError, subprocess.TimeoutExpired) as error:
         return Library(reason=f"mpi4py does not answer: {error}")
     if answer.returncode != 0:
-        lines = answer.stderr.strip().splitlines()
-        errors = [line for line in lines if "Error:" in line] or lines[-1:] or [f"status {answer.returncode}"]
-        return Library(reason=f"mpi4py loads no MPI library ({errors[-1].strip()}): {INSTALL}")
+        lines = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
+        start = next((number for number, line in enumerate(lines) if "Error: " in line), len(lines) - 1)
+        said = "; ".join(line.strip() for line in lines[start : start + 3])
+        return Library(reason=f"mpi4py loads no MPI library ({said}): {INSTALL}")
     version, path = [*answer.stdout.splitlines(), "", ""][:2]
     return Library(version=version.strip(), path=path)
 
