@@ -131,8 +131,11 @@ class LaunchCommand(click.Command):
             rows = []
             for flag, item in plugin.by_flag.items():
                 option = (self._plugin_options or {}).get(flag)
-                record = option.get_help_record(ctx) if option is not None and flag not in shown else None
-                if record is not None and option is not None:
+                if option is None or flag in shown:
+                    continue
+                option.hidden = False  # hidden from the core's own list only
+                record = option.get_help_record(ctx)
+                if record is not None:
                     rows.append((record[0], item.help))
                     shown.add(flag)
             if rows:
