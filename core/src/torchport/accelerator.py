@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ from torchport.ops import exchange
 from torchport.plan.selection import Plan, Request
 from torchport.plugin.backend import Backend
 from torchport.plugin.specs import Topology
+from torchport.plugin.tracker import Tracker
 from torchport.process_control import ProcessControl
 from torchport.runtime import Runtime, check_handlers
 from torchport.state import AcceleratorState, GradientState
 from torchport.training.optimizer import AcceleratedOptimizer
 from torchport.training.preparation import Preparation
 from torchport.training.scheduler import AcceleratedScheduler
+from torchport.training.tracking import Tracking
 
 
 class Accelerator(ProcessControl):
@@ -118,6 +120,9 @@ class Accelerator(ProcessControl):
             self.rng_types,
             device_placement=device_placement,
             step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+        )
+        self._tracking = Tracking(
+            self.plan["trackers"], active=self.is_main_process, logging_dir=self.logging_dir
         )
         self._triggered = False
         self._bind()
@@ -468,6 +473,37 @@ class Accelerator(ProcessControl):
         elif self._checkpoints.leads:
             self.backend.save(obj, Path(f))
 
+    # --- tracking ----------------------------------------------------------------------------------------
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """The open trackers; none on other processes than the main one."""
+        return list(self._tracking.trackers.values())
+
+    def init_trackers(
+        self,
+        project_name: str,
+        config: Mapping[str, Any] | None = None,
+        init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the trackers of the plan.
+
+        Args:
+            project_name: Name of the experiment.
+            config: Hyper-parameters to record.
+            init_kwargs: By name of a tracker, further arguments for it.
+        """
+        self._tracking.open(project_name, config, init_kwargs or {})
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Hand metrics to every open tracker; call it on any process, the main one's count."""
+        self._tracking.log(values, step)
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """Return a tracker by name (`unwrap`: its vendor's own run); `None` on other processes than the main one."""
+        tracker = self._tracking.get(name)
+        return tracker.tracker if tracker is not None and unwrap else tracker
+
     # --- the end -----------------------------------------------------------------------------------------
 
     def free_memory(self, *objects: Any) -> list[None]:
@@ -487,7 +523,8 @@ class Accelerator(ProcessControl):
         return self.free_memory(*objects)
 
     def end_training(self) -> None:
-        """Wait for everyone and leave the process group."""
+        """Close the trackers, wait for everyone and leave the process group."""
+        self._tracking.close()
         self.wait_for_everyone()
         self._runtime.close()
 

@@ -30,7 +30,7 @@ class Decision:
         slot: Name of the slot.
         choice: Names chosen: one, none where the slot is not needed, several for trackers.
         source: Who decided: an argument, a variable, a file, or `"automatic"`, with the reason.
-        spec: Descriptor of the first choice; `None` if there is none.
+        specs: Descriptors of the choices.
         config: The chosen plugin's settings.
         rejected: The other candidates, each with its reason.
     """
@@ -38,7 +38,7 @@ class Decision:
     slot: str
     choice: tuple[str, ...]
     source: str
-    spec: Spec | None = None
+    specs: tuple[Spec, ...] = ()
     config: Any = None
     rejected: tuple[Rejection, ...] = ()
 
@@ -46,6 +46,11 @@ class Decision:
     def name(self) -> str:
         """The choice as text; `"-"` where the slot stays empty."""
         return ", ".join(self.choice) or "-"
+
+    @property
+    def spec(self) -> Spec | None:
+        """Descriptor of the only (or first) choice; `None` if there is none."""
+        return self.specs[0] if self.specs else None
 
     @property
     def automatic(self) -> bool:

@@ -89,7 +89,7 @@ def fill_precision(sources: Sources, backend: BackendSpec) -> Decision:
         slot="precision",
         choice=(defaults[0].name,),
         source=f"{AUTOMATIC}: the default",
-        spec=defaults[0],
+        specs=(defaults[0],),
         config=sources.settings_of(defaults[0]),
         rejected=tuple(Rejection(spec.name, _LEFT_OUT) for spec in specs if spec is not defaults[0]),
     )
@@ -164,7 +164,7 @@ def fill_trackers(sources: Sources) -> Decision:
         slot="trackers",
         choice=tuple(spec.name for spec in specs),
         source=ask.source,
-        spec=specs[0] if specs else None,
+        specs=tuple(specs),
     )
 
 
@@ -201,7 +201,7 @@ def _as_asked(slot: str, ask: Ask, sources: Sources) -> Decision:
         slot=slot,
         choice=(spec.name,),
         source=ask.source,
-        spec=spec,
+        specs=(spec,),
         config=sources.settings_of(spec, ask.value),
     )
 
@@ -245,7 +245,7 @@ def _highest(
         slot=slot,
         choice=(best.name,),
         source=f"{AUTOMATIC}: {why}",
-        spec=best,
+        specs=(best,),
         config=sources.settings_of(best),
         rejected=(*rejected, *lower),
     )
