@@ -320,3 +320,12 @@ def test_a_program_that_the_system_cannot_execute_is_refused(launches):
         assert "'./program' cannot be executed" in refused(
             launches.run("-n", processes, "--no-python", "./program")
         )
+
+
+def test_help_lists_the_flags_of_the_core_of_plugins_and_the_older_spellings(launches):
+    finished = launches.run("--help")
+    assert finished.returncode == 0
+    assert "--num-processes N" in finished.stdout
+    assert "Settings of the strategy ddp" in finished.stdout
+    assert "--ddp-bucket-cap-mb" in finished.stdout
+    assert "--mixed-precision" in finished.stdout

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
 import signal
+import struct
+import subprocess
+import sys
+import termios
 import time
 
 import pytest
@@ -337,6 +343,29 @@ except KeyboardInterrupt:
     assert sorted(stderr.splitlines()) == ["[rank0]: bye", "[rank1]: bye"]
 
 
+def test_ctrl_c_at_a_terminal_ends_everything(launches):
+    """The terminal signals the launcher alone: the workers are in sessions of their own."""
+    script(launches, "print('columns', os.environ['COLUMNS'], flush=True)\n" + OBEDIENT)
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [*launches_command(), "--num-processes", "2", "train.py"],
+        cwd=launches.folder, env=launches.environ(), stdin=end, stdout=end, stderr=end, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    launches.started.append(process)
+    os.close(end)
+    launches.wait_for("ready0", "ready1")
+    began = time.monotonic()
+    os.write(terminal, b"\x03")
+    assert process.wait(60) == 130
+    assert time.monotonic() - began <= LEFT
+    launches.wait_until_gone(within=0.1)
+    shown = os.read(terminal, 10000).decode().replace("^C", "").split("\r\n")
+    os.close(terminal)
+    assert sorted(shown) == ["", "[rank0]: columns 91", "[rank1]: columns 91"]
+
+
 def test_workers_die_with_a_launcher_that_is_killed(launches):
     script(launches, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\ntime.sleep(600)")
     process = begin(launches)
@@ -375,8 +404,6 @@ def test_a_launcher_under_nohup_survives_the_end_of_the_terminal(launches):
 
 
 def launches_command() -> tuple[str, ...]:
-    import sys
-
     return (sys.executable, "-m", "torchport", "launch")
 
 

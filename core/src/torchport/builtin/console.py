@@ -179,7 +179,7 @@ class RankStream:
             if self.held_since is None and starts and _TRACEBACK.match(segment):
                 self.held_since = time.monotonic()
                 self.traceback_at, self.consequence = self.held_since, False
-                # PyTorch puts the rank before what nobody caught, and before nothing else: the process is ending.
+                # PyTorch puts the rank before each line of what nobody caught: the process is ending.
                 self.uncaught_at = self.held_since if segment.startswith(self.own_prefix) else None
                 self._muted = self._dropping
                 if self._muted:
@@ -187,6 +187,8 @@ class RankStream:
                     return
             if self.held_since is not None:
                 self.consequence = self.consequence or bool(_CONSEQUENCE.search(segment))
+                if segment.strip() and not segment.startswith(self.own_prefix):
+                    self.uncaught_at = None
                 self._held.append(segment)
                 return
         if self._shown:
