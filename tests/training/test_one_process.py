@@ -303,8 +303,16 @@ def test_a_second_accelerator_shares_the_run_and_cannot_contradict_it(monkeypatc
     first = Accelerator(precision="bf16")
     assert Accelerator(precision="bf16").device == first.device
     assert AcceleratorState().mixed_precision == "bf16"
-    with pytest.raises(ConfigurationError, match="opened with 'bf16'"):
-        AcceleratorState(mixed_precision="fp16")
+    assert Accelerator().mixed_precision == "bf16"
+    for contradict in (AcceleratorState, Accelerator):
+        with pytest.raises(ConfigurationError, match="another precision than the run that is open"):
+            contradict(mixed_precision="fp16")
+
+
+def test_a_partial_state_leaves_precision_and_strategy_open():
+    assert PartialState().plan.precision == "no"
+    assert Accelerator(precision="bf16", strategy="ddp").plan.strategy == "ddp"
+    assert PartialState().plan.precision == "bf16"
 
 
 def test_a_run_can_be_ended_and_made_anew():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from torchport.errors import ConfigurationError, PlanMismatchError, UnavailableE
 from torchport.ops import exchange
 from torchport.plan.discovery import discover
 from torchport.plan.registry import load_reference
+from torchport.plan.request import SLOTS
 from torchport.plan.selection import Decision, Plan, Request, plan
 from torchport.plan.topology import detect_topology
 from torchport.plugin.backend import Backend
@@ -72,7 +74,7 @@ class Runtime:
     store: Store | None = None
     generation: int = 0
 
-    def __init__(self, plan: Plan, request: Request) -> None:
+    def __init__(self, plan: Plan, request: Request, commits: tuple[str, ...]) -> None:
         environ = translate_environment(os.environ)
         self.plan = plan
         self.topology: Topology = plan.topology
@@ -83,36 +85,36 @@ class Runtime:
         self.collectives: Collectives | None = None
         self.timeout = _timeout(request)
         self.debug = envvars.flag(environ, envvars.DEBUG)
-        self._adopt(plan)
+        self.committed: set[str] = set()
+        self._adopt(plan, request, commits)
 
     @classmethod
-    def open(cls, request: Request) -> Runtime:
+    def open(cls, request: Request, commits: tuple[str, ...] = SLOTS) -> Runtime:
         """Resolve a plan and build its objects, or share those that are built already.
 
+        Args:
+            request: What is asked for. Slots that it leaves open are taken over from the run that is open.
+            commits: The slots that whoever asks depends on, so that nobody may ask for another choice later.
+
         Raises:
-            ConfigurationError: if the process runs on another backend or process group already.
+            ConfigurationError: if a slot is asked for that the open run has filled otherwise.
         """
         resolved = resolve(request)
         if cls.current is None:
-            cls.current = cls(resolved, request)
+            cls.current = cls(resolved, request, commits)
         else:
-            cls.current._adopt(resolved)
+            cls.current._adopt(resolved, request, commits)
         return cls.current
 
-    def _adopt(self, plan: Plan) -> None:
+    def _adopt(self, plan: Plan, request: Request, commits: tuple[str, ...]) -> None:
         """Take over a plan: it must agree with what is open, and with the other processes."""
-        for slot in ("backend", "collectives"):
-            if self.plan[slot].choice and plan[slot].choice and self.plan[slot].choice != plan[slot].choice:
-                raise ConfigurationError(
-                    f"{plan[slot].source} asks for the {slot} {plan[slot].name!r}",
-                    found=f"this process already works with {self.plan[slot].name!r} ({self.plan[slot].source})",
-                    hint="pass the same choice everywhere, or start anew with PartialState._reset_state()",
-                )
+        plan = self._merge(plan, request)
         if plan.distributed and self.collectives is None:
             self._open_group(plan)
-        elif self.collectives is not None:
+        elif self.collectives is not None and plan.fingerprint() != self.plan.fingerprint():
             self._compare(plan)
         self.plan = plan
+        self.committed.update(slot for slot in commits if plan[slot].choice)
         exchange.use_group(
             self.collectives,
             self.topology.rank,
@@ -122,6 +124,25 @@ class Runtime:
         )
         DistributedType.register(plan.distributed_type)
         self._report(plan)
+
+    def _merge(self, plan: Plan, request: Request) -> Plan:
+        """Keep what is committed, and refuse to be asked for something else."""
+        decisions = []
+        for decision in plan.decisions:
+            kept = self.plan[decision.slot]
+            if decision.slot not in self.committed:
+                decisions.append(decision)
+            elif request.arguments.get(decision.slot) is None:
+                decisions.append(kept)
+            elif (kept.choice, kept.config) == (decision.choice, decision.config):
+                decisions.append(kept)
+            else:
+                raise ConfigurationError(
+                    f"{decision.source} asks for another {decision.slot} than the run that is open",
+                    found=f"{kept.name!r} ({kept.source})",
+                    hint="give the same choice everywhere, or start anew: AcceleratorState._reset_state()",
+                )
+        return dataclasses.replace(plan, decisions=tuple(decisions))
 
     def _open_group(self, plan: Plan) -> None:
         collectives: Collectives = build(plan["collectives"])

@@ -8,7 +8,7 @@ import torch
 
 from torchport.config.kwargs import GradientAccumulationPlugin
 from torchport.distributed_type import DistributedType
-from torchport.errors import ConfigurationError, TorchportError
+from torchport.errors import TorchportError
 from torchport.plan.selection import Plan, Request
 from torchport.plugin.specs import Topology
 from torchport.process_control import ProcessControl
@@ -31,7 +31,7 @@ class PartialState(ProcessControl):
 
     def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
         if Runtime.current is None or cpu or kwargs:
-            Runtime.open(_partial_request(cpu, kwargs))
+            Runtime.open(_partial_request(cpu, kwargs), commits=("backend", "collectives"))
 
     @property
     def runtime(self) -> Runtime:
@@ -131,14 +131,9 @@ class AcceleratorState(PartialState):
     """
 
     def __init__(self, mixed_precision: str | None = None, cpu: bool = False, **kwargs: Any) -> None:
-        if mixed_precision is not None and self.initialized and self.plan.precision != mixed_precision:
-            raise ConfigurationError(
-                f"AcceleratorState asks for mixed_precision={mixed_precision!r}",
-                found=f"the run was opened with {self.plan.precision!r} ({self.plan['precision'].source})",
-                hint="pass mixed_precision to the first Accelerator only, or AcceleratorState._reset_state()",
-            )
-        if mixed_precision is not None and not self.initialized:
-            Runtime.open(Request(arguments={"precision": mixed_precision}, asked_by="AcceleratorState"))
+        if mixed_precision is not None:
+            request = Request(arguments={"precision": mixed_precision}, asked_by="AcceleratorState")
+            Runtime.open(request, commits=("backend", "collectives", "precision"))
         super().__init__(cpu=cpu, **kwargs)
 
     @property
