@@ -105,8 +105,11 @@ def test_the_version_text_tells_the_flavour(text, flavour, version):
     assert parse_version("/x/mpiexec", text) == Program("/x/mpiexec", flavour, version)
 
 
-def test_an_unknown_launcher_is_not_taken():
-    assert parse_version("/x/mpiexec", "mpiexec 1.0 of some other vendor") is None
+@pytest.mark.parametrize(
+    "text", ["mpiexec 1.0 of some other vendor", "mpirun: line 103: mpiexec.hydra: command not found"]
+)
+def test_an_unknown_launcher_is_not_taken(text):
+    assert parse_version("/x/mpiexec", text) is None
 
 
 # --- choice ---

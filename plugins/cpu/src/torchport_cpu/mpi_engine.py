@@ -8,6 +8,7 @@ tests it until it is complete or late. All MPI calls are made under one lock: `M
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ _SPINS = 200
 """How often a waiting thread tests before it starts to sleep between tests."""
 _SHORTEST, _LONGEST = 20e-6, 1e-3
 """Bounds of the sleep between two tests, in seconds."""
+_yield_core = getattr(os, "sched_yield", None) or (lambda: time.sleep(0))
 
 
 class Engine:
@@ -101,7 +103,7 @@ class Engine:
                     return False
                 tries += 1
                 if tries <= _SPINS:
-                    time.sleep(0)
+                    _yield_core()
                 else:
                     time.sleep(pause)
                     pause = min(pause * 1.5, _LONGEST)

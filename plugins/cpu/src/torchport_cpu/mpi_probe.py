@@ -53,7 +53,7 @@ def flavour_of(version: str) -> str:
         return "openmpi"
     if "intel" in text:
         return "intelmpi"
-    return "mpich" if "mpich" in text or "hydra" in text else ""
+    return "mpich" if "mpich" in text or "hydra build details" in text else ""
 
 
 FLAVOURS = {"openmpi": "Open MPI", "mpich": "MPICH", "intelmpi": "Intel MPI", "": "an unknown MPI"}

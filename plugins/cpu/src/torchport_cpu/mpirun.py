@@ -152,6 +152,8 @@ def _identify(path: Path) -> Program | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
+    if answer.returncode != 0:
+        return None
     return parse_version(str(path), answer.stdout + answer.stderr, environ)
 
 
