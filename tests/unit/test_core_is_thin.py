@@ -90,6 +90,14 @@ def test_a_low_layer_imports_only_what_is_below_it(name):
     assert wrong == set()
 
 
+@pytest.mark.parametrize(
+    ("top", "users"), [("cli", {"cli", "__main__"}), ("accelerator", {"__init__"}), ("testing", {"testing"})]
+)
+def test_nothing_else_imports_what_stands_on_top(top, users):
+    importers = {layer_of(path) for path in MODULES if top in imports(ast.parse(path.read_text()))}
+    assert importers - {top} <= users
+
+
 def test_every_low_layer_exists():
     assert set(LAYERS) <= {layer_of(path) for path in MODULES}
 
