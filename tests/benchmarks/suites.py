@@ -1,0 +1,286 @@
+"""The benchmarks: each returns one or more results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sampling import Budget, Result, alternate
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = HERE / "scripts"
+BIN = Path(sys.executable).parent
+DEADLINE = 300  # seconds for any one process
+
+
+def step(quick: bool) -> list[Result]:
+    """The smallest useful loop in one process."""
+    return _steps(_worker("step", 25 if quick else 150), "step", "Training step, 1 process", 1.03)
+
+
+def ddp(quick: bool) -> list[Result]:
+    """The same over two processes."""
+    taken = _worker("step", 25 if quick else 100, processes=2)
+    return _steps(taken, "ddp", "Training step, 2 processes, DDP over gloo", 1.02)
+
+
+def _steps(taken: Any, name: str, title: str, limit: float) -> list[Result]:
+    notes = [
+        "A multi-layer perceptron of 32, 64 and 10 units, SGD, StepLR, batches of 32 per process from a TensorDataset;"
+        " one round is an epoch of 50 steps. `torch (again)` is the same loop once more: its distance from 1 is what"
+        " the machine's noise leaves open.",
+        "After the first epoch all contestants had the same parameters.",
+    ]
+    unit: dict[str, Any] = {"baseline": "torch", "unit": "µs a step", "scale": 1e6}
+    budget = Budget("ratio", limit, "torch")
+    return [
+        Result(name, title, taken["wall"], **unit, budget=budget, notes=notes),
+        Result(
+            f"{name}-processor", f"{title}, processor time", taken["processor"], **unit,
+            notes=["The processor time of the same epochs (rank 0): what waiting for a busy core does not change."],
+        ),
+    ]  # fmt: skip
+
+
+def help_(quick: bool) -> list[Result]:
+    """How long the command lines take to say what they can do."""
+    commands = {
+        name: [str(BIN / name), "--help"] for name in ("torchport", "accelerate", "fabric", "torchrun")
+    }
+    commands = {"python": [sys.executable, "-c", "pass"], **commands}
+    taken = alternate({name: _timed(command) for name, command in commands.items()}, 3 if quick else 9)
+    imports = {name: _imports_torch(command) for name, command in commands.items() if name != "python"}
+    notes = ["torch is imported by: " + (", ".join(n for n, yes in imports.items() if yes) or "none") + "."]
+    if imports["torchport"]:
+        raise AssertionError("torchport --help imports torch")
+    result = Result(
+        "help",
+        "`--help` of the command line",
+        taken,
+        baseline="python",
+        budget=Budget("absolute", 0.25),
+        notes=notes,
+    )
+    return [result]
+
+
+def launch(quick: bool) -> list[Result]:
+    """Launch an empty script in one process, and a script that meets at a barrier in two."""
+    return [_launch_one(5 if quick else 9), _launch_two(3 if quick else 7)]
+
+
+def _launch_one(rounds: int) -> Result:
+    script = str(SCRIPTS / "empty.py")
+    commands = {
+        "python": [sys.executable, script],
+        "torchport": [str(BIN / "torchport"), "launch", script],
+        "accelerate": [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "1", script],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "1", script],
+        "fabric": [str(BIN / "fabric"), "run", "--accelerator", "cpu", "--devices", "1", script],
+    }
+    return Result(
+        "launch-1",
+        "Launch of an empty script, 1 process",
+        alternate({name: _timed(command) for name, command in commands.items()}, rounds),
+        baseline="python",
+        budget=Budget("difference", 0.25, "python"),
+    )
+
+
+def _launch_two(rounds: int) -> Result:
+    script = str(SCRIPTS / "barrier.py")
+
+    def by_hand() -> float:
+        """Two interpreters, without any launcher: the lower bound."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        started = time.perf_counter()
+        workers = [
+            subprocess.Popen(
+                [sys.executable, script],
+                env=_environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        printed = [worker.communicate(timeout=DEADLINE)[0] for worker in workers]
+        taken = time.perf_counter() - started
+        _expect_two("two interpreters", "".join(printed))
+        return taken
+
+    commands = {
+        "torchport": [str(BIN / "torchport"), "launch", "--num-processes", "2", script],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", script],
+        "fabric": [
+            str(BIN / "fabric"), "run", "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", script,
+        ],
+    }  # fmt: skip
+    measures: dict[str, Callable[[], float]] = {"two interpreters": by_hand}
+    for name, command in commands.items():
+        measures[name] = _timed(command, check=lambda printed, name=name: _expect_two(name, printed))
+    return Result(
+        "launch-2",
+        "Launch of 2 processes, gloo, to the first barrier and out",
+        alternate(measures, rounds),
+        baseline="torchrun",
+        budget=Budget("ratio", 0.6, "torchrun"),
+        notes=[
+            "`two interpreters` starts the script twice without any launcher: the lower bound.",
+            "accelerate is missing because `accelerate launch --cpu --num_processes 2` starts one process.",
+        ],
+    )
+
+
+def _expect_two(name: str, printed: str) -> None:
+    found = printed.count("passed")
+    if found != 2:
+        raise AssertionError(f"{name} was to run 2 processes, and {found} passed the barrier")
+
+
+def import_(quick: bool) -> list[Result]:
+    """How long the packages take to import."""
+    modules = ("torchport", "accelerate", "lightning_fabric", "torch")
+    commands = {name: [sys.executable, "-c", f"import {name}"] for name in modules}
+    commands = {"python": [sys.executable, "-c", "pass"], **commands}
+    if _imports_torch(commands["torchport"]):
+        raise AssertionError("import torchport imports torch")
+    taken = alternate({name: _timed(command) for name, command in commands.items()}, 5 if quick else 11)
+    result = Result(
+        "import", "Import, with the start of Python", taken, baseline="python",
+        budget=Budget("difference", 0.05, "python"), notes=["`import torchport` imports neither torch nor a plugin."],
+    )  # fmt: skip
+    return [result]
+
+
+def gather(quick: bool) -> list[Result]:
+    """Gather a tensor over two processes."""
+    taken = _worker("gather", 15 if quick else 40, processes=2)
+    notes = ["`torch` is `all_gather_into_tensor` into a new tensor; the results of all were equal."]
+    return [
+        Result(
+            f"gather-{size.replace(' ', '')}", f"Gather of {size} from each of 2 processes", seconds,
+            baseline="torch", unit="µs a call", scale=1e6, notes=notes,
+        )
+        for size, seconds in taken.items()
+    ]  # fmt: skip
+
+
+def save(quick: bool) -> list[Result]:
+    """Save a model and its optimizer's state."""
+    folder = Path(tempfile.mkdtemp(prefix="torchport-bench-", dir=os.environ.get("BENCH_DISK")))
+    try:
+        taken = _worker(
+            "save", 5 if quick else 7, "--megabytes", "200" if quick else "800", "--folder", str(folder)
+        )
+    finally:
+        shutil.rmtree(folder)
+    megabytes = taken["bytes"] / 1e6
+    fsync, plain = taken["wall"]["torch.save + fsync"], taken["wall"]["torch.save"]
+    plainly = statistics.median(a / b for a, b in zip(taken["wall"]["torchport"], plain, strict=True))
+    result = Result(
+        "save", f"Save {megabytes:.0f} MB: a model and its AdamW state", taken["wall"],
+        baseline="torch.save + fsync", unit="MB/s", amount=megabytes,
+        budget=Budget("ratio", 1.0, "torch.save + fsync"),
+        notes=[
+            "Torchport's checkpoint is on the disk, with a checksum of every file, before `save_state` returns; so the"
+            " fair comparison is `torch.save` followed by `fsync`. The others, and `torch.save` alone, return when"
+            f" the data is in the system's memory; Torchport takes {plainly:.2f} x the time of the latter.",
+            f"{len(fsync)} rounds; dirty pages are written out before each measurement.",
+        ],
+    )  # fmt: skip
+    return [result]
+
+
+SUITES: dict[str, Callable[[bool], list[Result]]] = {
+    "step": step,
+    "ddp": ddp,
+    "help": help_,
+    "launch": launch,
+    "import": import_,
+    "gather": gather,
+    "save": save,
+}
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    """Return the environment without what would make a launcher believe that it is inside a job."""
+    own = (
+        "TORCHPORT_",
+        "ACCELERATE_",
+        "LT_",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "GROUP_",
+        "TORCHELASTIC_",
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    return clean | {"OMP_NUM_THREADS": "1"} | extra
+
+
+def _timed(command: Sequence[str], check: Callable[[str], None] | None = None) -> Callable[[], float]:
+    """Return a function that runs a command and returns its duration, from start to exit."""
+
+    def measure() -> float:
+        started = time.perf_counter()
+        done = subprocess.run(
+            command, env=_environment(), capture_output=True, text=True, timeout=DEADLINE, check=False
+        )
+        taken = time.perf_counter() - started
+        if done.returncode:
+            raise RuntimeError(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+            )
+        if check is not None:
+            check(done.stdout)
+        return taken
+
+    return measure
+
+
+def _imports_torch(command: Sequence[str]) -> bool:
+    """Whether a Python program imports torch, by `-X importtime`."""
+    program = list(command) if command[0] == sys.executable else [sys.executable, *command]
+    program.insert(1, "-Ximporttime")
+    done = subprocess.run(
+        program, env=_environment(), capture_output=True, text=True, timeout=DEADLINE, check=True
+    )
+    return any(line.rsplit("|", 1)[-1].strip() == "torch" for line in done.stderr.splitlines())
+
+
+def _worker(what: str, rounds: int, *options: str, processes: int = 1) -> Any:
+    """Run `worker.py` and return what it measured."""
+    with tempfile.TemporaryDirectory(prefix="torchport-bench-") as folder:
+        out = Path(folder) / "taken.json"
+        program = [str(HERE / "worker.py"), what, str(out), "--rounds", str(rounds), *options]
+        if processes > 1:
+            start = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(processes),
+            ]
+        else:
+            start = [sys.executable]
+        done = subprocess.run(
+            [*start, *program], env=_environment(), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"the benchmark {what!r} failed:\n{done.stdout}\n{done.stderr}")
+        return json.loads(out.read_text())

@@ -1,0 +1,201 @@
+"""What runs inside the measured processes: `worker.py step|gather|save OUT [options]`.
+
+`run.py` starts it, with torchrun where two processes are wanted, and reads the durations that rank 0 writes to OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from contestants import CONTESTANTS, STEPS, check
+from sampling import alternate, in_turn
+
+Taken = dict[str, dict[str, list[float]]]
+"""Seconds by what was measured and by contestant."""
+
+
+def open_group() -> None:
+    """Open the process group that all contestants share, where there are several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+
+
+def together() -> None:
+    """Start a measurement at the same time in all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+GENERATION = 5  # rounds
+
+
+def step(rounds: int) -> Taken:
+    """Time whole epochs, by the clock on the wall and by that of the processor.
+
+    Two equal loops differ by some per cent for as long as they live, by where their tensors happen to lie in
+    memory. All contestants are therefore made anew, in another order, every few rounds.
+    """
+    open_group()
+    names = list(CONTESTANTS)
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    processor: dict[str, list[float]] = {name: [] for name in names}
+    for generation in range(-(-rounds // GENERATION)):
+        first = generation % len(names)
+        gc.unfreeze()
+        made = {name: CONTESTANTS[name]() for name in names[first:] + names[:first]}
+        for contestant in made.values():
+            contestant.epoch()
+        check(made)
+        gc.collect()
+        gc.freeze()  # what is there already is not looked through again in anyone's epoch
+        for name in in_turn(list(made), GENERATION):
+            gc.collect()
+            together()
+            used, started = time.process_time(), time.perf_counter()
+            made[name].epoch()
+            wall[name].append((time.perf_counter() - started) / STEPS)
+            processor[name].append((time.process_time() - used) / STEPS)
+    return {"wall": wall, "processor": processor}
+
+
+SIZES = {"4 B": (1, 300), "4 kB": (1_000, 300), "4 MB": (1_000_000, 10)}
+
+
+def gather(rounds: int) -> Taken:
+    """Time gathering a float32 vector, by size."""
+    open_group()
+    contestants = {name: make() for name, make in CONTESTANTS.items()}
+    taken = {}
+    for title, (elements, calls) in SIZES.items():
+        tensor = torch.arange(elements, dtype=torch.float32) + dist.get_rank()
+        expected = contestants["torch"].gather(tensor)
+        for name, contestant in contestants.items():
+            assert torch.equal(contestant.gather(tensor), expected), name
+
+        def timed(
+            gather: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor = tensor, calls: int = calls
+        ) -> Callable[[], float]:
+            def measure() -> float:
+                together()
+                started = time.perf_counter()
+                for _ in range(calls):
+                    gather(tensor)
+                return (time.perf_counter() - started) / calls
+
+            return measure
+
+        taken[title] = alternate({name: timed(c.gather) for name, c in contestants.items()}, rounds)
+    return taken
+
+
+def save(rounds: int, megabytes: int, folder: Path) -> dict[str, Any]:
+    """Time saving a model and its AdamW state, three tensors of each parameter's size in all."""
+    layers = max(1, round(megabytes * 1e6 / (3 * 4 * (1024 * 1024 + 1024))))
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(layers)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    size = 3 * sum(parameter.nbytes for parameter in model.parameters())
+
+    def state() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def by_hand(target: Path) -> None:
+        torch.save(state(), target)
+
+    def by_hand_and_flushed(target: Path) -> None:
+        with target.open("wb") as file:
+            torch.save(state(), file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    contestants: dict[str, Callable[[Path], Any]] = {
+        "torch.save": by_hand,
+        "torch.save + fsync": by_hand_and_flushed,
+        "torchport": _torchport_save(model, optimizer),
+        "accelerate": _accelerate_save(model, optimizer),
+        "fabric": _fabric_save(model, optimizer),
+    }
+
+    def timed(number: int, name: str) -> Callable[[], float]:
+        target = folder / f"{number}"
+
+        def measure() -> float:
+            if target.is_dir():
+                shutil.rmtree(target)
+            target.unlink(missing_ok=True)
+            os.sync()  # nobody pays for what another has left to be written
+            started = time.perf_counter()
+            contestants[name](target)
+            return time.perf_counter() - started
+
+        return measure
+
+    measures = {name: timed(number, name) for number, name in enumerate(contestants)}
+    for measure in measures.values():
+        measure()
+    return {"bytes": size, "wall": alternate(measures, rounds)}
+
+
+def _torchport_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Path], Any]:
+    from torchport import Accelerator
+
+    accelerator = Accelerator()
+    accelerator.prepare(model, optimizer)
+    return accelerator.save_state
+
+
+def _accelerate_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Path], Any]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model, optimizer)
+    return lambda target: accelerator.save_state(str(target))
+
+
+def _fabric_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Path], Any]:
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    wrapped, prepared = fabric.setup(model, optimizer)
+    return lambda target: fabric.save(target, {"model": wrapped, "optimizer": prepared})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("step", "gather", "save"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--folder", type=Path, default=Path("."))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    if args.what == "save":
+        taken: Any = save(args.rounds, args.megabytes, args.folder)
+    else:
+        taken = {"step": step, "gather": gather}[args.what](args.rounds)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        args.out.write_text(json.dumps(taken))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
