@@ -79,6 +79,7 @@ class Runtime:
         self.plan = plan
         self.topology: Topology = plan.topology
         self.backend: Backend = build(plan["backend"])
+        self.backend.start_process(self.topology)
         if envvars.flag(environ, envvars.BIND_CPU):
             self.backend.bind_cpu(self.topology)
         self.device: torch.device = self.backend.device(self.topology.local_rank)
@@ -132,9 +133,7 @@ class Runtime:
             kept = self.plan[decision.slot]
             if decision.slot not in self.committed:
                 decisions.append(decision)
-            elif request.arguments.get(decision.slot) is None:
-                decisions.append(kept)
-            elif (kept.choice, kept.config) == (decision.choice, decision.config):
+            elif request.arguments.get(decision.slot) is None or (kept.choice, kept.config) == (decision.choice, decision.config):
                 decisions.append(kept)
             else:
                 raise ConfigurationError(

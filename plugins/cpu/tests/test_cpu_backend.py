@@ -95,12 +95,23 @@ def test_shares_of_cores_are_contiguous_and_even(cores, processes, shares):
     assert [share_of_cores(cores, rank, processes) for rank in range(processes)] == shares
 
 
-def test_threads_per_process_are_set_for_workers_unless_the_user_has(backend):
-    cores = len(os.sched_getaffinity(0))
-    two = Topology(world_size=2, local_world_size=2)
-    assert backend.launch_env(Topology(), {}) == {"OMP_NUM_THREADS": str(cores)}
-    assert backend.launch_env(two, {}) == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
-    assert backend.launch_env(two, {"OMP_NUM_THREADS": "3"}) == {}
+@pytest.mark.parametrize(
+    ("processes", "variable", "threads"),
+    [(2, None, max(1, len(os.sched_getaffinity(0)) // 2)), (2, "3", 7), (1, None, 7)],
+)
+def test_each_of_several_processes_gets_its_share_of_threads_unless_told(
+    backend, monkeypatch, processes, variable, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        backend.start_process(Topology(world_size=processes, local_world_size=processes))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 BIND = """

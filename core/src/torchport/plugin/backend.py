@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -151,9 +151,8 @@ class Backend(ABC):
         """Write `value` with `torch.save`, its tensors readable on a machine without the device."""
         torch.save(value, path)
 
-    def launch_env(self, topology: Topology, environ: Mapping[str, str]) -> Mapping[str, str]:
-        """Return variables to set in a worker before the vendor's runtime starts."""
-        return {}
+    def start_process(self, topology: Topology) -> None:
+        """Set up this process for its place in the job, before the device is opened: variables, threads."""
 
     def bind_cpu(self, topology: Topology) -> None:
         """Bind this process to the processor cores nearest to its device and set its number of threads."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torchport.errors import UnsupportedOperationError
 from torchport.plugin import Backend, Capabilities, Topology
 
-from torchport_cpu.cores import allowed_cores, share_of_cores, thread_limit
+from torchport_cpu.cores import THREADS, allowed_cores, share_of_cores, thread_limit
 
 _CPU = torch.device("cpu")
 _STATUS = Path("/proc/self/status")
@@ -107,9 +106,11 @@ class CpuBackend(Backend):
 
     # --- cores -------------------------------------------------------------------------------------------
 
-    def launch_env(self, topology: Topology, environ: Mapping[str, str]) -> Mapping[str, str]:
-        """Give each process of a machine an equal number of threads, unless `OMP_NUM_THREADS` is set."""
-        return thread_limit(topology.local_world_size, environ)
+    def start_process(self, topology: Topology) -> None:
+        """Give each of several processes of a machine as many threads, unless `OMP_NUM_THREADS` says how many."""
+        limit = thread_limit(topology.local_world_size, os.environ)
+        if topology.local_world_size > 1 and limit:
+            torch.set_num_threads(int(limit[THREADS]))
 
     def bind_cpu(self, topology: Topology) -> None:
         """Bind this process to its own contiguous share of the cores, and use as many threads.
