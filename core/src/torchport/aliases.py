@@ -54,9 +54,7 @@ RETIRED_SWITCHES: Mapping[str, str] = {
 """Flags documented as deprecated and without effect: what to write instead."""
 
 INERT_FLAGS: Mapping[str, Inert] = {
-    "dynamo-backend": Inert(
-        ("no",), "compile in the script: torch.compile(model)"
-    ),
+    "dynamo-backend": Inert(("no",), "compile in the script: torch.compile(model)"),
     "main-training-function": Inert(("main",), "the script is run as a whole"),
 }
 """Flags that take a value and ask for nothing with these."""
@@ -106,9 +104,7 @@ COMPUTE_ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
 
 INERT_KEYS: Mapping[str, Inert] = {
     "downcast_bf16": Inert(("no", "false"), "precision: bf16"),
-    "dynamo_backend": Inert(
-        ("no", "false"), "compile in the script: torch.compile(model)"
-    ),
+    "dynamo_backend": Inert(("no", "false"), "compile in the script: torch.compile(model)"),
     "main_training_function": Inert(("main",), "the script is run as a whole"),
     "tpu_use_cluster": Inert(
         ("false", "no"), "start the script on each machine of the pod with --machine-rank"

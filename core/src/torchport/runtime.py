@@ -128,12 +128,16 @@ class Runtime:
 
     def _merge(self, plan: Plan, request: Request) -> Plan:
         """Keep what is committed, and refuse to be asked for something else."""
+
+        def same(kept: Decision, decision: Decision) -> bool:
+            return (kept.choice, kept.config) == (decision.choice, decision.config)
+
         decisions = []
         for decision in plan.decisions:
             kept = self.plan[decision.slot]
             if decision.slot not in self.committed:
                 decisions.append(decision)
-            elif request.arguments.get(decision.slot) is None or (kept.choice, kept.config) == (decision.choice, decision.config):
+            elif request.arguments.get(decision.slot) is None or same(kept, decision):
                 decisions.append(kept)
             else:
                 raise ConfigurationError(
