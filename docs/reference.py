@@ -161,7 +161,12 @@ def older_keys() -> str:
     rows = [(code(old), code(new)) for old, new in aliases.YAML_KEYS.items()]
     rows += [(code(f"{old}: true"), _slots(slots, "{}: {}")) for old, slots in aliases.YAML_SWITCHES.items()]
     rows += [
-        (code(f"distributed_type: {label}"), _slots(slots, "{}: {}"))
+        (
+            code(f"distributed_type: {label}"),
+            _slots(slots, "{}: {}")
+            if label != aliases.ONE_PROCESS
+            else f"{code('num_processes: 1')}, unless the file says how many",
+        )
         for label, slots in aliases.DISTRIBUTED_TYPE_SLOTS.items()
     ]
     rows += [
