@@ -13,6 +13,7 @@ import secrets
 import shutil
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchport.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_READERS = 4
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
 
@@ -50,13 +52,30 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and checksum of each file of a folder, by its path inside."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "crc32": checksum(path)}
-        for path in files
-    }
+def describe(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """Return size and checksum of each file of a folder, by its path inside; all of them are on the disk then.
+
+    Args:
+        folder: The folder.
+        known: What is known of files that have been flushed already.
+
+    Raises:
+        CheckpointError: if a known file has another size.
+    """
+    described = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        facts = (known or {}).get(name)
+        if facts is None:
+            flush(path)
+            facts = {"size": size, "crc32": checksum(path)}
+        elif facts["size"] != size:
+            raise CheckpointError(
+                f"{path} has changed while the checkpoint was written",
+                found=f"{size} bytes instead of the {facts['size']} that were written",
+            )
+        described[name] = facts
+    return described
 
 
 def flush(path: Path) -> None:
@@ -68,17 +87,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(folder: Path, target: Path, facts: dict[str, Any]) -> None:
-    """Flush a folder, complete it with a manifest, and put it in place of `target`.
+def publish(
+    folder: Path, target: Path, facts: dict[str, Any], known: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Complete a folder with a manifest, and put it in place of `target`.
 
     Args:
         folder: The temporary folder, with all files written.
         target: Where it goes; an older folder there is replaced.
         facts: What else the manifest should say.
+        known: Size and checksum of files that their writers have flushed already, by path inside. Other files of
+            the folder are flushed and described here.
+
+    Raises:
+        CheckpointError: if a file has another size than its writer says.
     """
-    files = describe(folder)
-    for name in files:
-        flush(folder / name)
+    files = describe(folder, known or {})
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n")
     flush(manifest)
@@ -131,10 +155,16 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"{folder} is damaged",
                 found=f"{name} has {file.stat().st_size} bytes instead of {facts['size']}",
             )
-        if checksum(file) != facts["crc32"]:
-            raise CheckpointError(
-                f"{folder} is damaged", found=f"the contents of {name} differ from what was written"
-            )
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = readers.map(checksum, (folder / name for name in listed))
+        differing = [
+            name for name, value in zip(listed, found, strict=True) if value != listed[name]["crc32"]
+        ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} is damaged",
+            found=f"the contents of {', '.join(differing)} differ from what was written",
+        )
     return manifest
 
 

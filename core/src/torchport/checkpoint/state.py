@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from torchport.checkpoint import atomic
 from torchport.checkpoint.weights import load_weights, save_weights
+from torchport.checkpoint.writer import FolderWriter
 from torchport.errors import CheckpointError
 from torchport.ops import exchange
 from torchport.plugin.precision import Precision
@@ -64,8 +66,14 @@ def save(
     folder = target.parent / f".{target.name}.writing-{token}"
     _together("make the folder", target, lambda: atomic.make_folder(folder, target) if leader else None)
     try:
-        _together("write", target, lambda: _write(contents, folder, safe_serialization, leader))
-        _together("complete", target, lambda: atomic.publish(folder, target, facts) if leader else None)
+        written = _together("write", target, lambda: _write(contents, folder, safe_serialization, leader))
+        own = written[
+            contents.runtime.topology.rank
+        ]  # where machines share no disk, names may be those of others
+        known = {name: facts for files in (*written, own) for name, facts in files.items()}
+        _together(
+            "complete", target, lambda: atomic.publish(folder, target, facts, known) if leader else None
+        )
     except CheckpointError:
         if leader:
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,51 +154,60 @@ def make_room(folder: Path, limit: int) -> None:
         shutil.rmtree(path)
 
 
-def _together(doing: str, target: Path, action: Callable[[], Any]) -> None:
-    """Do something on every process, and fail on all of them if it fails on one."""
-    problem = ""
+def _together(doing: str, target: Path, action: Callable[[], Any]) -> list[Any]:
+    """Do something on every process, and fail on all of them if it fails on one; return what each returned."""
+    problem, value = "", None
     try:
-        action()
+        value = action()
     except CheckpointError as error:
         problem = str(error)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = [(rank, text) for rank, text in enumerate(exchange.gather_object([problem])) if text]
+    results = exchange.gather_object([(problem, value)])
+    problems = [(rank, text) for rank, (text, _) in enumerate(results) if text]
     if problems:
         raise CheckpointError(
             f"the checkpoint {target} could not be saved",
             found="; ".join(f"rank {rank} could not {doing}: {text}" for rank, text in problems),
             reason="an older checkpoint of that name is still whole",
         )
+    return [value for _, value in results]
 
 
-def _write(contents: Contents, folder: Path, safe_serialization: bool, leader: bool) -> None:
+def _write(
+    contents: Contents, folder: Path, safe_serialization: bool, leader: bool
+) -> dict[str, dict[str, Any]]:
+    """Write this process's files; return size and checksum of each by name."""
     backend, strategy = contents.runtime.backend, contents.strategy
-    for index, model in enumerate(contents.models):
-        state = strategy.model_state_dict(model)
-        if leader and safe_serialization:
-            save_weights(state, folder / f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors")
-        elif leader:
-            backend.save(state, folder / f"{_numbered(MODEL_NAME, index)}.bin")
-    model = contents.models[0] if contents.models else torch.nn.Module()
-    for index, optimizer in enumerate(contents.optimizers):
-        state = strategy.optimizer_state_dict(model, optimizer.optimizer)
-        if leader:
-            backend.save(state, folder / f"{_numbered(OPTIMIZER_NAME, index)}.bin")
-    backend.save(
-        rng_states(contents.runtime), folder / f"{RNG_STATE_NAME}_{contents.runtime.topology.rank}.pkl"
-    )
-    if not leader:
-        return
-    for index, scheduler in enumerate(contents.schedulers):
-        backend.save(scheduler.state_dict(), folder / f"{_numbered(SCHEDULER_NAME, index)}.bin")
-    for index, loader in enumerate(contents.loaders):
-        backend.save(_order(loader), folder / f"{_numbered(SAMPLER_NAME, index)}.bin")
-    scaler = contents.precision.state_dict()
-    if scaler:
-        backend.save(scaler, folder / SCALER_NAME)
-    for index, thing in enumerate(contents.custom):
-        backend.save(thing.state_dict(), folder / f"{CUSTOM_NAME}_{index}.pkl")
+    with FolderWriter(folder) as writer:
+
+        def write(name: str, value: Any, save: Callable[[Any, Path], Any] = backend.save) -> None:
+            writer.write(name, functools.partial(save, value))
+
+        for index, model in enumerate(contents.models):
+            state = strategy.model_state_dict(model)
+            if leader and safe_serialization:
+                write(f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors", state, save_weights)
+            elif leader:
+                write(f"{_numbered(MODEL_NAME, index)}.bin", state)
+        model = contents.models[0] if contents.models else torch.nn.Module()
+        for index, optimizer in enumerate(contents.optimizers):
+            state = strategy.optimizer_state_dict(model, optimizer.optimizer)
+            if leader:
+                write(f"{_numbered(OPTIMIZER_NAME, index)}.bin", state)
+        write(f"{RNG_STATE_NAME}_{contents.runtime.topology.rank}.pkl", rng_states(contents.runtime))
+        if not leader:
+            return writer.files
+        for index, scheduler in enumerate(contents.schedulers):
+            write(f"{_numbered(SCHEDULER_NAME, index)}.bin", scheduler.state_dict())
+        for index, loader in enumerate(contents.loaders):
+            write(f"{_numbered(SAMPLER_NAME, index)}.bin", _order(loader))
+        scaler = contents.precision.state_dict()
+        if scaler:
+            write(SCALER_NAME, scaler)
+        for index, thing in enumerate(contents.custom):
+            write(f"{CUSTOM_NAME}_{index}.pkl", thing.state_dict())
+    return writer.files
 
 
 def _read(path: Path) -> Any:
