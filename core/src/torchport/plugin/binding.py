@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchport.plugin.backend import Backend
 from torchport.plugin.strategy import Prepared, PrepareRequest
 
 
@@ -45,9 +46,15 @@ def bind_step(
     def zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool) -> None:
         optimizer.zero_grad(set_to_none)
 
-    def step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
+    def plain_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
+        optimizer.step() if closure is None else optimizer.step(closure)
+        return True
+
+    def backend_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
         backend.optimizer_step(optimizer, closure)
         return True
+
+    step = plain_step if type(backend).optimizer_step is Backend.optimizer_step else backend_step
 
     if precision.scaler is not None:
         precision.scaling = precision.scaling or ScaledStep(precision.scaler)

@@ -63,6 +63,10 @@ class AccumulationWindow:
     ) -> AccumulationWindow:
         """Count one micro-batch and decide whether it ends the window."""
         gradients = self.gradients
+        if self.steps == 1 and num_items is None and self.items is None:  # every micro-batch is a window
+            self.done = 1
+            gradients.sync_gradients = True
+            return self
         loader = gradients.active_dataloader if gradients.plugin.sync_with_dataloader else None
         if self.done == 0:
             self._open(loader)
