@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 STEPS = 50
 BATCH = 32  # samples per process
 
-Epoch = Callable[[], None]
-Gather = Callable[[torch.Tensor], torch.Tensor]
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 
 
 class Contestant:
@@ -73,7 +72,7 @@ class HandWritten(Contestant):
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = tensor.new_empty((tensor.shape[0] * dist.get_world_size(), *tensor.shape[1:]))
-        dist.all_gather_into_tensor(gathered, tensor)
+        _all_gather_single(gathered, tensor)
         return gathered
 
 

@@ -25,7 +25,7 @@ DEADLINE = 300  # seconds for any one process
 
 def step(quick: bool) -> list[Result]:
     """The smallest useful loop in one process."""
-    return _steps(_worker("step", 25 if quick else 150), "step", "Training step, 1 process", 1.03)
+    return _steps(_worker("step", 60 if quick else 200), "step", "Training step, 1 process", 1.03)
 
 
 def ddp(quick: bool) -> list[Result]:
@@ -168,7 +168,9 @@ def import_(quick: bool) -> list[Result]:
 def gather(quick: bool) -> list[Result]:
     """Gather a tensor over two processes."""
     taken = _worker("gather", 15 if quick else 40, processes=2)
-    notes = ["`torch` is `all_gather_into_tensor` into a new tensor; the results of all were equal."]
+    notes = [
+        "`torch` is `all_gather_single` (before PyTorch 2.13 `all_gather_into_tensor`) into a new tensor; the results of all were equal."
+    ]
     return [
         Result(
             f"gather-{size.replace(' ', '')}", f"Gather of {size} from each of 2 processes", seconds,

@@ -38,7 +38,7 @@ def together() -> None:
         dist.barrier()
 
 
-GENERATION = 5  # rounds
+GENERATION = 4  # rounds
 
 
 def step(rounds: int) -> Taken:

@@ -25,6 +25,9 @@ _REDUCTIONS = {
     "product": dist.ReduceOp.PRODUCT,
 }
 
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gathers into one tensor; newer versions of PyTorch deprecate the second name."""
+
 
 class Collectives(ABC):
     """A process group over which ranks exchange tensors: `open` and `close` to write, defaults for the rest.
@@ -131,10 +134,9 @@ class Collectives(ABC):
         Returns:
             Shape `(world_size * n, ...)`.
         """
-        tensor = tensor.contiguous()
-        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(gathered, tensor)
-        return torch.cat(gathered)
+        gathered = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
+        _all_gather_single(gathered, tensor.contiguous())
+        return gathered
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all processes and return this process's share of it.
