@@ -57,7 +57,7 @@ class Environment:
         environ = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("TORCHPORT_", "PYTHON", "VIRTUAL_ENV"))
+            if not key.startswith(("TORCHPORT_", "PYTHON", "PYTEST_", "VIRTUAL_ENV"))
         }
         environ |= {"PATH": f"{self.folder / 'bin'}{os.pathsep}{environ['PATH']}", **variables}
         program = str(self.folder / "bin" / command[0])
