@@ -19,6 +19,7 @@ VENDORS = re.compile(
 )
 VENDORS_ALLOWED_IN = {"aliases.py"}
 
+LOW = {"errors", "envvars", "aliases", "config.schema", "plugin"}
 LAYERS: dict[str, set[str]] = {
     # What each part of the core may import of the rest, at import time or when called. Types do not count.
     "errors": set(),
@@ -30,8 +31,16 @@ LAYERS: dict[str, set[str]] = {
     "config": {"errors", "envvars", "aliases", "config.schema", "plugin", "plan"},
     "ops": {"errors", "envvars", "plugin"},
     "testing": {"errors", "config.schema", "plugin", "plan"},
+    "distributed_type": set(),
+    "process_control": {"errors", "plugin", "ops"},
+    "runtime": {*LOW, "config", "plan", "ops", "distributed_type"},
+    "state": {*LOW, "config", "plan", "ops", "distributed_type", "process_control", "runtime"},
+    "training": {*LOW, "config", "plan", "ops", "runtime", "state"},
+    "data": {*LOW, "config", "ops", "runtime", "state", "training"},
+    "checkpoint": {*LOW, "config", "plan", "ops", "process_control", "runtime", "training"},
+    "preparation": {*LOW, "config", "runtime", "state", "training", "data", "checkpoint"},
 }
-"""The low layers. Those that are not listed (the façade, the command line, training) may import any of these."""
+"""What is not listed (the façade, the command line) may import anything below it."""
 
 
 def layer(dotted: str) -> str:

@@ -32,11 +32,11 @@ from torchport.plan.selection import Plan, Request
 from torchport.plugin.backend import Backend
 from torchport.plugin.specs import Topology
 from torchport.plugin.tracker import Tracker
+from torchport.preparation import Preparation
 from torchport.process_control import ProcessControl
 from torchport.runtime import Runtime, check_handlers
 from torchport.state import AcceleratorState, GradientState
 from torchport.training.optimizer import AcceleratedOptimizer
-from torchport.training.preparation import Preparation
 from torchport.training.scheduler import AcceleratedScheduler
 from torchport.training.tracking import Tracking
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping
 
 from torchport import envvars
+from torchport.builtin.processes import cannot_execute
 from torchport.builtin.ranks import ELASTIC_RUN_ID, cores, free_port, rank_variables, read_topology
-from torchport.errors import LaunchError
 from torchport.plugin.launcher import Job, Launcher
 from torchport.plugin.specs import Topology
 
@@ -66,12 +66,3 @@ def replace_process(command: tuple[str, ...], environ: Mapping[str, str]) -> Non
         os.execvpe(command[0], command, dict(environ))
     except OSError as error:
         raise cannot_execute(command, error) from error
-
-
-def cannot_execute(command: tuple[str, ...], error: OSError) -> LaunchError:
-    """Say that a program cannot be executed, and why."""
-    return LaunchError(
-        f"{command[0]!r} cannot be executed",
-        reason=error.strerror or str(error),
-        hint="a program run with --no-python must be executable and start with a line such as #!/bin/sh",
-    )

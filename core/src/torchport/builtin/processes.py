@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+from torchport.errors import LaunchError
+
 FORWARDED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 """Signals whose meaning is the script's own affair (a cluster's notice before the end of its time)."""
 
@@ -85,3 +87,12 @@ def dying_with_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return arrange
+
+
+def cannot_execute(command: tuple[str, ...], error: OSError) -> LaunchError:
+    """Say that a program cannot be executed, and why."""
+    return LaunchError(
+        f"{command[0]!r} cannot be executed",
+        reason=error.strerror or str(error),
+        hint="a program run with --no-python must be executable and start with a line such as #!/bin/sh",
+    )

@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from torchport.builtin.console import STDERR, STDOUT, Console, RankStream
-from torchport.builtin.local import cannot_execute
-from torchport.builtin.processes import FORWARDED, Signals, dying_with_parent, exit_code_of, terminal_columns
+from torchport.builtin.processes import (
+    FORWARDED,
+    Signals,
+    cannot_execute,
+    dying_with_parent,
+    exit_code_of,
+    terminal_columns,
+)
 from torchport.errors import LaunchError
 from torchport.plugin.launcher import Job
 
