@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
@@ -140,6 +138,9 @@ class Plan:
 
     def fingerprint(self) -> dict[str, str]:
         """Return what all processes must agree on, by slot: the choice, and a digest of its settings."""
+        import hashlib
+        import json
+
         shared = {}
         for decision in self.decisions:
             shared[decision.slot] = decision.name

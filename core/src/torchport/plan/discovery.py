@@ -27,6 +27,7 @@ from torchport.plan.registry import (
     plugin_key,
 )
 from torchport.plugin import hookspecs
+from torchport.plugin.requirements import name_of
 from torchport.plugin.specs import KINDS, Finding, Kind
 
 _HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("torchport_"))
@@ -118,18 +119,11 @@ def _import(
 
 def _core_requirement(point: importlib.metadata.EntryPoint) -> str:
     """Check the distribution's required range of the core, before anything of it is imported."""
-    from packaging.requirements import InvalidRequirement, Requirement
-    from packaging.utils import canonicalize_name
-
-    wanted = []
-    for text in (point.dist.requires if point.dist else None) or ():
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement as error:
-            return f"its metadata is not valid: {text!r}: {error}"
-        if canonicalize_name(requirement.name) == CORE:
-            wanted.append(text)
-    problem = missing_runtime(wanted)
+    wanted = [text for text in (point.dist.requires if point.dist else None) or () if name_of(text) == CORE]
+    try:
+        problem = missing_runtime(wanted)
+    except ValueError as error:
+        return f"its metadata is not valid: {error}"
     return f"it {problem}" if problem else ""
 
 

@@ -17,6 +17,7 @@ from torchport.errors import (
     UnavailableError,
     UnknownPluginError,
 )
+from torchport.plugin.requirements import name_of, plainly_met
 from torchport.plugin.specs import KINDS, BackendSpec, Capabilities, Finding, Probe, Spec
 
 CORE = "torchport-core"
@@ -212,10 +213,12 @@ class Installed:
 
 def missing_runtime(requirements: Iterable[str]) -> str:
     """Name the requirements that installed metadata does not meet, in words; empty if all are met."""
-    from packaging.requirements import Requirement
-
     problems = []
     for text in requirements:
+        if _plainly_met(text):
+            continue
+        from packaging.requirements import Requirement
+
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue
@@ -229,6 +232,14 @@ def missing_runtime(requirements: Iterable[str]) -> str:
                 f"needs {text}, found {requirement.name} {version}: pip install --upgrade '{text}'"
             )
     return "; ".join(problems)
+
+
+def _plainly_met(requirement: str) -> bool:
+    """Whether a requirement is certainly met; what is in doubt is judged by `packaging`."""
+    try:
+        return plainly_met(requirement, importlib.metadata.version(name_of(requirement) or requirement))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
 
 
 def _probe(spec: Any) -> tuple[Probe, bool]:

@@ -1,0 +1,42 @@
+"""Plain requirements are judged as `packaging` judges them, without importing it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from torchport.plugin.requirements import is_plain, name_of, plainly_met
+
+VERSIONS = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(lambda parts: ".".join(map(str, parts)))
+BOUNDS = st.lists(st.tuples(st.sampled_from([">=", "<=", "<", ">"]), VERSIONS).map("".join), max_size=3)
+
+
+@given(BOUNDS, VERSIONS)
+def test_plain_requirements_are_judged_as_packaging_does(bounds, version):
+    text = "name" + ",".join(bounds)
+    assert is_plain(text)
+    assert plainly_met(text, version) == Requirement(text).specifier.contains(version)
+
+
+@pytest.mark.parametrize(
+    "text", ["a[x]>=1", "a>=1; python_version>'3'", "a==1.*", "a>=1.0rc1", "a>=", "a b", ">=1", ""]
+)
+def test_anything_else_is_left_to_packaging(text):
+    assert not is_plain(text)
+    assert not plainly_met(text, "1.0")
+
+
+def test_versions_that_are_not_plain_are_left_to_packaging():
+    assert not plainly_met("a>=1", "2.13.0+cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Torchport_Core>=1", "torchport-core"),
+        ("a.b[x]; y", "a-b"),
+        ("torchport-core-x", "torchport-core-x"),
+        (">=1", ""),
+    ],
+)
+def test_names_are_normalized(text, name):
+    assert name_of(text) == name
