@@ -6,7 +6,7 @@ epochs their parameters are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,18 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 
 
 class Contestant:
-    """One way to write the loop: `epoch` runs it, `model` is what it trains, `gather` exchanges a tensor."""
+    """One way to write the loop: `epoch` runs it, step by step, `model` is what it trains, `gather` exchanges a tensor."""
 
     model: nn.Module
 
-    def epoch(self) -> None:
-        """Run `STEPS` steps."""
+    def epoch(self) -> Iterator[None]:
+        """Run one epoch of `STEPS` steps, pausing after each."""
         raise NotImplementedError
+
+    def run(self) -> Iterator[None]:
+        """Run epoch after epoch."""
+        while True:
+            yield from self.epoch()
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenate the tensors of all processes."""
@@ -61,7 +66,7 @@ class HandWritten(Contestant):
             sampler = DistributedSampler(data, shuffle=False)
         self.model, self.loader = model, DataLoader(data, batch_size=BATCH, sampler=sampler)
 
-    def epoch(self) -> None:
+    def epoch(self) -> Iterator[None]:
         model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
         for inputs, labels in self.loader:
             optimizer.zero_grad()
@@ -69,6 +74,7 @@ class HandWritten(Contestant):
             loss.backward()
             optimizer.step()
             scheduler.step()
+            yield
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = tensor.new_empty((tensor.shape[0] * dist.get_world_size(), *tensor.shape[1:]))
@@ -91,7 +97,7 @@ class Accelerated(Contestant):
             model, optimizer, scheduler, loader
         )
 
-    def epoch(self) -> None:
+    def epoch(self) -> Iterator[None]:
         accelerator, model = self.accelerator, self.model
         optimizer, scheduler = self.optimizer, self.scheduler
         for inputs, labels in self.loader:
@@ -101,6 +107,7 @@ class Accelerated(Contestant):
                 accelerator.backward(loss)
                 optimizer.step()
                 scheduler.step()
+            yield
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered: torch.Tensor = self.accelerator.gather(tensor)
@@ -136,7 +143,7 @@ class Fabric(Contestant):
         self.model, self.optimizer = self.fabric.setup(model, optimizer)
         self.loader = self.fabric.setup_dataloaders(DataLoader(data, batch_size=BATCH))
 
-    def epoch(self) -> None:
+    def epoch(self) -> Iterator[None]:
         fabric, model, optimizer, scheduler = self.fabric, self.model, self.optimizer, self.scheduler
         for inputs, labels in self.loader:
             with fabric.no_backward_sync(model, enabled=False):
@@ -145,6 +152,7 @@ class Fabric(Contestant):
                 fabric.backward(loss)
                 optimizer.step()
                 scheduler.step()
+            yield
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered: torch.Tensor = self.fabric.all_gather(tensor)

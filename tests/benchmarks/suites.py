@@ -25,19 +25,19 @@ DEADLINE = 300  # seconds for any one process
 
 def step(quick: bool) -> list[Result]:
     """The smallest useful loop in one process."""
-    return _steps(_worker("step", 60 if quick else 200), "step", "Training step, 1 process", 1.03)
+    return _steps(_worker("step", 200 if quick else 1000), "step", "Training step, 1 process", 1.03)
 
 
 def ddp(quick: bool) -> list[Result]:
     """The same over two processes."""
-    taken = _worker("step", 25 if quick else 100, processes=2)
+    taken = _worker("step", 100 if quick else 800, processes=2)
     return _steps(taken, "ddp", "Training step, 2 processes, DDP over gloo", 1.02)
 
 
 def _steps(taken: Any, name: str, title: str, limit: float) -> list[Result]:
     notes = [
         "A multi-layer perceptron of 32, 64 and 10 units, SGD, StepLR, batches of 32 per process from a TensorDataset;"
-        " one round is an epoch of 50 steps. `torch (again)` is the same loop once more: its distance from 1 is what"
+        " one measurement is 10 steps of an epoch of 50. `torch (again)` is the same loop once more: its distance from 1 is what"
         " the machine's noise leaves open.",
         "After the first epoch all contestants had the same parameters.",
     ]
@@ -47,7 +47,7 @@ def _steps(taken: Any, name: str, title: str, limit: float) -> list[Result]:
         Result(name, title, taken["wall"], **unit, budget=budget, notes=notes),
         Result(
             f"{name}-processor", f"{title}, processor time", taken["processor"], **unit,
-            notes=["The processor time of the same epochs (rank 0): what waiting for a busy core does not change."],
+            notes=["The processor time of the same steps (rank 0): what waiting for a busy core does not change."],
         ),
     ]  # fmt: skip
 
@@ -58,7 +58,7 @@ def help_(quick: bool) -> list[Result]:
         name: [str(BIN / name), "--help"] for name in ("torchport", "accelerate", "fabric", "torchrun")
     }
     commands = {"python": [sys.executable, "-c", "pass"], **commands}
-    taken = alternate({name: _timed(command) for name, command in commands.items()}, 3 if quick else 9)
+    taken = alternate({name: _timed(command) for name, command in commands.items()}, 3 if quick else 7)
     imports = {name: _imports_torch(command) for name, command in commands.items() if name != "python"}
     notes = ["torch is imported by: " + (", ".join(n for n, yes in imports.items() if yes) or "none") + "."]
     if imports["torchport"]:
@@ -76,7 +76,7 @@ def help_(quick: bool) -> list[Result]:
 
 def launch(quick: bool) -> list[Result]:
     """Launch an empty script in one process, and a script that meets at a barrier in two."""
-    return [_launch_one(5 if quick else 9), _launch_two(3 if quick else 7)]
+    return [_launch_one(5 if quick else 7), _launch_two(3 if quick else 7)]
 
 
 def _launch_one(rounds: int) -> Result:
@@ -157,7 +157,7 @@ def import_(quick: bool) -> list[Result]:
     commands = {"python": [sys.executable, "-c", "pass"], **commands}
     if _imports_torch(commands["torchport"]):
         raise AssertionError("import torchport imports torch")
-    taken = alternate({name: _timed(command) for name, command in commands.items()}, 5 if quick else 11)
+    taken = alternate({name: _timed(command) for name, command in commands.items()}, 5 if quick else 7)
     result = Result(
         "import", "Import, with the start of Python", taken, baseline="python",
         budget=Budget("difference", 0.05, "python"), notes=["`import torchport` imports neither torch nor a plugin."],
@@ -167,7 +167,7 @@ def import_(quick: bool) -> list[Result]:
 
 def gather(quick: bool) -> list[Result]:
     """Gather a tensor over two processes."""
-    taken = _worker("gather", 15 if quick else 40, processes=2)
+    taken = _worker("gather", 15 if quick else 25, processes=2)
     notes = [
         "`torch` is `all_gather_single` (before PyTorch 2.13 `all_gather_into_tensor`) into a new tensor; the results of all were equal."
     ]

@@ -13,7 +13,9 @@ import os
 import shutil
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,12 @@ def together() -> None:
         dist.barrier()
 
 
-GENERATION = 4  # rounds
+CHUNK = 10  # steps: short, so that what loads the machine for a moment loads all contestants of a round
+GENERATION = 20  # rounds
 
 
 def step(rounds: int) -> Taken:
-    """Time whole epochs, by the clock on the wall and by that of the processor.
+    """Time some steps of each contestant in turn, by the clock on the wall and by that of the processor.
 
     Two equal loops differ by some per cent for as long as they live, by where their tensors happen to lie in
     memory. All contestants are therefore made anew, in another order, every few rounds.
@@ -55,18 +58,23 @@ def step(rounds: int) -> Taken:
         first = generation % len(names)
         gc.unfreeze()
         made = {name: CONTESTANTS[name]() for name in names[first:] + names[:first]}
-        for contestant in made.values():
-            contestant.epoch()
+        running = {name: contestant.run() for name, contestant in made.items()}
+        for steps in running.values():
+            deque(islice(steps, STEPS), maxlen=0)
         check(made)
         gc.collect()
-        gc.freeze()  # what is there already is not looked through again in anyone's epoch
+        gc.freeze()  # what is there already is not looked through again in anyone's steps
         for name in in_turn(list(made), GENERATION):
+            steps = running[name]
             gc.collect()
             together()
             used, started = time.process_time(), time.perf_counter()
-            made[name].epoch()
-            wall[name].append((time.perf_counter() - started) / STEPS)
-            processor[name].append((time.process_time() - used) / STEPS)
+            for _ in range(CHUNK):
+                next(steps)
+            wall[name].append((time.perf_counter() - started) / CHUNK)
+            processor[name].append((time.process_time() - used) / CHUNK)
+        for steps in running.values():
+            steps.close()  # type: ignore[attr-defined]
     return {"wall": wall, "processor": processor}
 
 
