@@ -1,6 +1,9 @@
 """The façade in one process."""
 
+import copy
+import pickle
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,8 +19,15 @@ from torchport import (
     InitProcessGroupKwargs,
     PartialState,
     ProfileKwargs,
+    set_seed,
 )
-from torchport.errors import ConfigurationError, IncompatibleError, TorchportError, UnknownPluginError
+from torchport.errors import (
+    ConfigurationError,
+    IncompatibleError,
+    OperationError,
+    TorchportError,
+    UnknownPluginError,
+)
 from torchport.state import AcceleratorState, GradientState
 
 
@@ -280,12 +290,18 @@ def test_settings_of_a_strategy_choose_it():
 
 
 def test_handlers_that_nothing_reads_are_refused():
-    with pytest.raises(
-        ConfigurationError, match="DistributedDataParallelKwargs, which nothing in the plan reads"
-    ):
-        Accelerator(kwargs_handlers=[DistributedDataParallelKwargs()])
+    class Unknown(AutocastKwargs):
+        pass
+
+    Unknown.__module__ = "elsewhere"
+    with pytest.raises(ConfigurationError, match="Unknown, which no installed plugin reads"):
+        Accelerator(kwargs_handlers=[Unknown()])
     with pytest.raises(ConfigurationError, match="two AutocastKwargs"):
         Accelerator(kwargs_handlers=[AutocastKwargs(), AutocastKwargs()])
+
+
+def test_settings_for_many_processes_do_no_harm_in_one():
+    assert Accelerator(kwargs_handlers=[DistributedDataParallelKwargs()]).plan.strategy == "single"
 
 
 def test_documented_spellings_fill_slots_and_unknown_ones_are_refused():
@@ -394,3 +410,186 @@ def test_models_spread_by_a_device_map_are_recognised():
     assert not accelerator.verify_device_map(model)
     model.hf_device_map = {"a": 0, "b": "cpu"}
     assert accelerator.verify_device_map(model)
+
+
+def test_a_copy_of_a_half_precision_model_runs_its_own_weights():
+    accelerator = Accelerator(precision="bf16")
+    model = accelerator.prepare(nn.Linear(2, 1, bias=False))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        copied.weight.fill_(5.0)
+    assert model(torch.ones(1, 2)).item() == 2.0
+    assert copied(torch.ones(1, 2)).item() == 10.0
+    assert pickle.loads(pickle.dumps(model)).weight.tolist() == [[1.0, 1.0]]
+    plain = accelerator.unwrap_model(copied, keep_fp32_wrapper=False)
+    assert "forward" not in plain.__dict__
+
+
+def test_a_prepared_optimizer_can_be_copied_and_pickled():
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = network()
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.param_groups[0]["lr"] == 0.1
+        assert twin.gradient_state.__dict__ is accelerator.gradient_state.__dict__
+        twin.step()
+
+
+def test_clipping_waits_for_the_last_micro_batch():
+    accelerator = Accelerator(precision="fp16", gradient_accumulation_steps=2)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before = model.weight.detach().clone()
+    norms = []
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 3)).sum())
+            norms.append(accelerator.clip_grad_norm_(model.parameters(), 100.0))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert norms[0] is None
+    assert norms[1].item() == pytest.approx(8**0.5)
+    torch.testing.assert_close(before - model.weight, torch.ones(2, 3), rtol=1e-3, atol=1e-3)
+
+
+def test_clipping_one_model_leaves_the_scaled_gradients_of_another_alone():
+    accelerator = Accelerator(precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=4.0)])
+    one, two = network(), network()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (one, two)]
+    one, two, first, second = accelerator.prepare(one, two, *optimizers)
+    before = two.weight.detach().clone()
+    accelerator.backward(two(torch.ones(1, 3)).sum())
+    accelerator.backward(one(torch.ones(1, 3)).sum())
+    accelerator.clip_grad_norm_(one.parameters(), 100.0)
+    first.step()
+    first.zero_grad()
+    accelerator.backward(two(torch.ones(1, 3)).sum())
+    second.step()
+    torch.testing.assert_close(before - two.weight, torch.full((2, 3), 2.0))
+
+
+def test_scaled_gradients_are_never_added_to_unscaled_ones():
+    accelerator = Accelerator(precision="fp16")
+    model = network()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    accelerator.backward(model(torch.ones(1, 3)).sum())
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(OperationError, match="unscaled already"):
+        accelerator.backward(model(torch.ones(1, 3)).sum())
+
+
+def test_several_losses_in_one_micro_batch_weigh_the_same():
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = accelerator.prepare(nn.Linear(1, 1, bias=False))
+    for count in (3, 1):
+        with accelerator.accumulate(model, num_items=count):
+            for _ in range(2):
+                accelerator.backward(model(torch.ones(count, 1)).mean())
+    assert model.weight.grad.item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("number", [0, torch.tensor(0)])
+def test_a_window_without_items_changes_nothing(number):
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(1, 1, bias=False))
+    with accelerator.accumulate(model, num_items=number, reduction="sum"):
+        accelerator.backward(model(torch.ones(1, 1)).sum() * 0)
+    assert model.weight.grad.item() == 0.0
+
+
+def test_item_counts_leave_other_models_alone():
+    accelerator = Accelerator()
+    one, other = accelerator.prepare(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    accelerator.backward(other(torch.ones(1, 1)).sum())
+    with accelerator.accumulate(one, num_items=100):
+        accelerator.backward(one(torch.ones(100, 1)).mean())
+    assert other.weight.grad.item() == 1.0
+    assert one.weight.grad.item() == pytest.approx(1.0)
+
+
+def test_item_counts_do_not_overflow_half_precision():
+    accelerator = Accelerator(precision="fp16")
+    model = nn.Linear(1, 1, bias=False)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    for _ in range(10):
+        with accelerator.accumulate(model, num_items=4096):
+            accelerator.backward(model(torch.full((4096, 1), 0.1)).mean())
+            optimizer.step()
+            assert not accelerator.optimizer_step_was_skipped
+            optimizer.zero_grad()
+
+
+def test_a_batch_skipped_after_an_error_leaves_no_gradients_behind():
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = nn.Linear(1, 1, bias=False)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    try:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 1)).sum())
+            raise RuntimeError("out of memory")
+    except RuntimeError:
+        optimizer.zero_grad()
+    before = model.weight.item()
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 1)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert before - model.weight.item() == pytest.approx(1.0)
+
+
+def test_accumulate_inside_accumulate_is_refused():
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = accelerator.prepare(network())
+    with pytest.raises(ConfigurationError, match="inside accumulate"), accelerator.accumulate(model):
+        accelerator.accumulate(model)
+
+
+def test_a_second_accelerator_keeps_the_accumulation_settings():
+    Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=4, sync_with_dataloader=False)
+    )
+    assert Accelerator().gradient_accumulation_steps == 4
+    assert GradientState().plugin.sync_with_dataloader is False
+
+
+def test_a_plateau_scheduler_takes_its_metric_once():
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model, optimizer, scheduler = accelerator.prepare(
+        model, optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    )
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 3)).sum())
+            optimizer.step()
+            scheduler.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_scheduler_needs_its_optimizer_to_be_prepared():
+    accelerator = Accelerator()
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(network().parameters(), lr=1.0), 1)
+    with pytest.raises(ConfigurationError, match="no optimizer is prepared"):
+        accelerator.prepare(scheduler)
+
+
+def test_arguments_that_cannot_be_honoured_are_refused():
+    with pytest.raises(ConfigurationError, match="'nonsense' is not a type of generator"):
+        Accelerator(rng_types=["nonsense"])
+    with pytest.raises(ConfigurationError, match="asks for a timeout of 0:00:07"):
+        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=7))])
+    with pytest.raises(TypeError, match="DataLoaderConfiguration"):
+        Accelerator(split_batches=True)
+
+
+def test_the_seed_of_a_process_is_its_own_before_there_is_a_state(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    set_seed(10, device_specific=True)
+    assert torch.initial_seed() == 11

@@ -24,6 +24,7 @@ from torchport.config.kwargs import (
     ProjectConfiguration,
     first_of,
 )
+from torchport.data.loader import skip_first_batches
 from torchport.data.samplers import BatchSamplerShard
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError
@@ -34,9 +35,10 @@ from torchport.plugin.specs import Topology
 from torchport.plugin.tracker import Tracker
 from torchport.preparation import Preparation
 from torchport.process_control import ProcessControl
-from torchport.runtime import Runtime, check_handlers
+from torchport.runtime import Runtime
 from torchport.state import AcceleratorState, GradientState
 from torchport.training.optimizer import AcceleratedOptimizer
+from torchport.training.random import check_rng_types
 from torchport.training.scheduler import AcceleratedScheduler
 from torchport.training.tracking import Tracking
 
@@ -94,12 +96,12 @@ class Accelerator(ProcessControl):
         handlers = tuple(kwargs_handlers or ())
         arguments = resolve_keywords(aliases, slots, known=_PARAMETERS)
         self._runtime = Runtime.open(Request(arguments=arguments, asked_by="Accelerator", handlers=handlers))
-        check_handlers(handlers, self.plan)
+        self._runtime.check_handlers(handlers)
         self.state = AcceleratorState()
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
-        self.rng_types = tuple(rng_types) if rng_types is not None else ("generator",)
+        self.rng_types = ("generator",) if rng_types is None else check_rng_types(rng_types, self.device)
         self.project_configuration = project_config or ProjectConfiguration()
         if project_dir is not None or self.project_configuration.project_dir is None:
             self.project_configuration.set_directories(None if project_dir is None else str(project_dir))
@@ -243,6 +245,10 @@ class Accelerator(ProcessControl):
         self._bound, self._window = self._preparation.bound, self._preparation.window
         self.backward = self._preparation.backward
 
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """Return a loader without its first batches, which are not read where it has a sampler."""
+        return skip_first_batches(dataloader, num_batches)
+
     def unwrap_model(
         self, model: torch.nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
     ) -> torch.nn.Module:
@@ -320,21 +326,24 @@ class Accelerator(ProcessControl):
 
     def clip_grad_norm_(
         self, parameters: Iterable[torch.Tensor] | torch.Tensor, max_norm: float, norm_type: float = 2
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Clip gradients to a total norm (`torch.nn.utils.clip_grad_norm_`), after dividing the loss scale out.
 
+        Like the optimizer's step, it waits for the last micro-batch of the accumulation window.
+
         Returns:
-            The total norm before clipping: a tensor without dimensions.
+            The total norm before clipping, a tensor without dimensions; `None` on the other micro-batches.
         """
-        self._bound.unscale_gradients(None)
+        if not self.sync_gradients:
+            return None
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         return self._bound.clip_grad_norm(parameters, max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Iterable[torch.Tensor] | torch.Tensor, clip_value: float) -> None:
-        """Clip each element of the gradients (`torch.nn.utils.clip_grad_value_`)."""
-        self._bound.unscale_gradients(None)
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        self._bound.clip_grad_value(parameters, clip_value)
+        """Clip each element of the gradients (`torch.nn.utils.clip_grad_value_`), where a window ends."""
+        if self.sync_gradients:
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            self._bound.clip_grad_value(parameters, clip_value)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
         """Divide the loss scale out of the gradients of some optimizers, or of all."""
@@ -464,7 +473,7 @@ class Accelerator(ProcessControl):
 
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """Return the whole state of a prepared model; call it on every process."""
-        return self._contents.strategy.model_state_dict(model)
+        return self._contents.strategy.model_state_dict(model) if unwrap else model.state_dict()
 
     def save(self, obj: Any, f: str | os.PathLike[str], safe_serialization: bool = False) -> None:
         """Write an object on the main process, with `torch.save` or (tensors by name) as safetensors."""
@@ -535,13 +544,20 @@ _PARAMETERS = (
 )  # fmt: skip
 
 
-def _accumulation(steps: int | None, plugin: GradientAccumulationPlugin | None) -> GradientAccumulationPlugin:
-    """Settle the settings of gradient accumulation: the plugin's, the argument's, or the variable's."""
+def _accumulation(
+    steps: int | None, plugin: GradientAccumulationPlugin | None
+) -> GradientAccumulationPlugin | None:
+    """Settle the settings of gradient accumulation: the plugin's, the argument's, or the variable's.
+
+    `None` where nobody asks for any: then those of the run that is open stay.
+    """
     if plugin is not None and plugin.num_steps is not None and steps not in (None, 1, plugin.num_steps):
         raise ConfigurationError(
             f"gradient_accumulation_steps={steps} and GradientAccumulationPlugin(num_steps={plugin.num_steps})",
             hint="give one of the two",
         )
+    if plugin is None and steps is None and GradientState.started():
+        return None
     plugin = plugin or GradientAccumulationPlugin()
     if plugin.num_steps is None:
         text = translate_environment(os.environ).get(envvars.ACCUMULATION_STEPS) or "1"

@@ -133,6 +133,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": envvars.ACCUMULATION_STEPS,
     "ACCELERATE_DEBUG_MODE": envvars.DEBUG,
     "ACCELERATE_CPU_AFFINITY": envvars.BIND_CPU,
+    "ACCELERATE_LOG_LEVEL": envvars.LOG_LEVEL,
 }
 """Variables that are another name of a variable."""
 
@@ -162,6 +163,16 @@ KEYWORD_SLOTS = {
     "log_with": "trackers",
 }
 """Documented keyword arguments of `Accelerator` that fill a slot with their value."""
+
+KEYWORDS_MOVED = {
+    "split_batches": "dataloader_config=DataLoaderConfiguration(split_batches=...)",
+    "even_batches": "dataloader_config=DataLoaderConfiguration(even_batches=...)",
+    "dispatch_batches": "dataloader_config=DataLoaderConfiguration(dispatch_batches=...)",
+    "use_seedable_sampler": "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=...)",
+    "dynamo_backend": "torch.compile(model, backend=...) in the script",
+    "dynamo_plugin": "torch.compile(model, ...) in the script",
+}
+"""Documented keyword arguments of `Accelerator` that are given in another way: how."""
 
 KEYWORD_FLAGS = {"cpu": ("backend", "cpu")}
 """Documented keyword arguments that, when true, fill a slot with a fixed value."""
@@ -246,6 +257,8 @@ def resolve_keywords(
             value = implied if value else None
         elif keyword in KEYWORD_SLOTS:
             slot = KEYWORD_SLOTS[keyword]
+        elif keyword in KEYWORDS_MOVED:
+            raise TypeError(f"Accelerator takes no argument {keyword!r}; write {KEYWORDS_MOVED[keyword]}")
         else:
             candidates = [*KEYWORD_SLOTS, *KEYWORD_FLAGS, *slots, *known]
             near = difflib.get_close_matches(keyword, candidates, n=1)

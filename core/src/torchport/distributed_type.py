@@ -18,6 +18,9 @@ class _OpenEnum(type):
             known = ", ".join(cls._members)
             raise AttributeError(f"{cls.__name__} has no member {name!r}; known are: {known}") from None
 
+    def __getitem__(cls, name: str) -> Any:
+        return cls._members[name]
+
     def __iter__(cls) -> Iterator[Any]:
         return iter(cls._members.values())
 

@@ -68,6 +68,7 @@ class Preparation:
         contents, backend = self.contents, self.context.backend
         for held in (contents.models, contents.optimizers, contents.schedulers, contents.loaders):
             held.clear()
+        self.gradients.sync_gradients = True
         self.context.precision.scaling = None
         marks_steps = type(backend).step_boundary is not Backend.step_boundary
         self.window = AccumulationWindow(
@@ -150,6 +151,11 @@ class Preparation:
         """Prepare a scheduler, which follows its own optimizer if that is prepared, or else all of them."""
         if isinstance(scheduler, AcceleratedScheduler):
             return scheduler
+        if self.step_scheduler_with_optimizer and not self.contents.optimizers:
+            raise ConfigurationError(
+                "a scheduler steps when its optimizer does, and no optimizer is prepared",
+                hint="prepare the optimizer before it or in the same call, or step_scheduler_with_optimizer=False",
+            )
         optimizers, processes = self.contents.optimizers, self.context.topology.world_size
         steps = 1 if self.loaders.split_batches else processes
         wrapped = AcceleratedScheduler(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 
 from torchport.errors import OperationError
@@ -173,4 +174,11 @@ class ProcessControl:
         last = inputs[length - 1 : length]
         if isinstance(inputs, torch.Tensor):
             return torch.cat([share, last.expand(missing, *last.shape[1:])])
+        if isinstance(inputs, np.ndarray):
+            return np.concatenate([share, np.repeat(last, missing, axis=0)])
+        if not isinstance(inputs, (list, tuple)):
+            raise OperationError(
+                f"split_between_processes cannot pad a {type(inputs).__name__}",
+                hint="a list, a tuple, a tensor or an array, or apply_padding=False",
+            )
         return share + last * missing

@@ -21,7 +21,7 @@ from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError, PlanMismatchError, UnavailableError
 from torchport.ops import exchange
 from torchport.plan.discovery import discover
-from torchport.plan.registry import load_reference
+from torchport.plan.registry import Installed, load_reference
 from torchport.plan.request import SLOTS
 from torchport.plan.selection import Decision, Plan, Request, plan
 from torchport.plan.topology import detect_topology
@@ -65,12 +65,14 @@ class Runtime:
         backend: The backend.
         device: The device of this process.
         collectives: The open process group; `None` where the plan needs none.
+        installed: What discovery found when the plan was resolved last.
         store: The key-value store that the processes of the job share. The process meets the others once, at one
             address; a run that follows another in the same process goes on with the same store.
         generation: How many plans have been compared with the other processes.
     """
 
     current: Runtime | None = None
+    installed: Installed
     store: Store | None = None
     generation: int = 0
 
@@ -100,11 +102,13 @@ class Runtime:
         Raises:
             ConfigurationError: if a slot is asked for that the open run has filled otherwise.
         """
-        resolved = resolve(request)
+        resolved, installed = resolve(request)
         if cls.current is None:
             cls.current = cls(resolved, request, commits)
         else:
+            cls.current._check_timeout(request)
             cls.current._adopt(resolved, request, commits)
+        cls.current.installed = installed
         return cls.current
 
     def _adopt(self, plan: Plan, request: Request, commits: tuple[str, ...]) -> None:
@@ -125,6 +129,38 @@ class Runtime:
         )
         DistributedType.register(plan.distributed_type)
         self._report(plan)
+
+    def check_handlers(self, handlers: Iterable[Any]) -> None:
+        """Refuse handlers that nothing installed reads, and two of one kind: what is asked for is never ignored.
+
+        Settings of a strategy that was not chosen are fine: the same script runs in one process and in many.
+
+        Raises:
+            ConfigurationError: naming the handler.
+        """
+        seen: set[type] = set()
+        for handler in handlers:
+            kind = type(handler)
+            if kind in seen:
+                raise ConfigurationError(
+                    f"kwargs_handlers has two {kind.__name__}", hint="give one of each kind"
+                )
+            seen.add(kind)
+            general = kind.__module__ == KwargsHandler.__module__
+            if not general and not self.installed.configured_by(handler):
+                raise ConfigurationError(
+                    f"kwargs_handlers has a {kind.__name__}, which no installed plugin reads",
+                    hint="leave it out, or install the plugin whose settings it holds",
+                )
+
+    def _check_timeout(self, request: Request) -> None:
+        asked = first_of(request.handlers, InitProcessGroupKwargs).timeout
+        if asked is not None and asked != self.timeout:
+            raise ConfigurationError(
+                f"{request.asked_by} asks for a timeout of {asked}",
+                found=f"the processes have met already, with a timeout of {self.timeout}",
+                hint="give it where the run begins, or set TORCHPORT_TIMEOUT",
+            )
 
     def _merge(self, plan: Plan, request: Request) -> Plan:
         """Keep what is committed, and refuse to be asked for something else."""
@@ -212,34 +248,20 @@ class Runtime:
 _reported: set[str] = set()
 
 
-def resolve(request: Request) -> Plan:
+def resolve(request: Request) -> tuple[Plan, Installed]:
     """Discover what is installed and resolve a plan for this process."""
     environ = translate_environment(os.environ)
     installed = discover(environ)
     DistributedType.register(*DISTRIBUTED_TYPES)
-    return plan(request, environ, installed, detect_topology(environ, installed))
+    return plan(request, environ, installed, detect_topology(environ, installed)), installed
 
 
-def check_handlers(handlers: Iterable[Any], plan: Plan) -> None:
-    """Refuse handlers that nothing in the plan reads: what is asked for is never ignored.
-
-    Raises:
-        ConfigurationError: naming the handler.
-    """
-    settings = [decision.config for decision in plan.decisions]
-    seen: set[type] = set()
-    for handler in handlers:
-        kind = type(handler)
-        if kind in seen:
-            raise ConfigurationError(f"kwargs_handlers has two {kind.__name__}", hint="give one of each kind")
-        seen.add(kind)
-        general = kind.__module__ == KwargsHandler.__module__
-        if not general and not any(handler is config for config in settings):
-            raise ConfigurationError(
-                f"kwargs_handlers has a {kind.__name__}, which nothing in the plan reads",
-                found=", ".join(f"{d.slot} {d.name}" for d in plan.decisions if d.choice),
-                hint="leave it out, or choose the plugin whose settings it holds",
-            )
+def current_topology() -> Topology:
+    """Return the place of this process in its job, whether or not a run is open."""
+    if Runtime.current is not None:
+        return Runtime.current.topology
+    environ = translate_environment(os.environ)
+    return detect_topology(environ, discover(environ))
 
 
 def compare_plans(plan: Plan, store: Store, prefix: str) -> None:
@@ -253,9 +275,10 @@ def compare_plans(plan: Plan, store: Store, prefix: str) -> None:
     topology = plan.topology
     store.set(f"{prefix}/{topology.rank}", json.dumps(plan.fingerprint()))
     if topology.rank == 0:
-        plans = [json.loads(store.get(f"{prefix}/{rank}")) for rank in range(topology.world_size)]
+        keys = [f"{prefix}/{rank}" for rank in range(topology.world_size)]
+        plans = [json.loads(_wait_for(store, key)) for key in keys]
         store.set(f"{prefix}/verdict", json.dumps(_differences(plans)))
-    differences = json.loads(store.get(f"{prefix}/verdict"))
+    differences = json.loads(_wait_for(store, f"{prefix}/verdict"))
     if not differences:
         return
     store.set(f"{prefix}/read/{topology.rank}", "1")
@@ -267,6 +290,20 @@ def compare_plans(plan: Plan, store: Store, prefix: str) -> None:
         reason="every process must work with the same choices",
         hint="give all processes the same environment and arguments: `torchport plan` on each machine shows why",
     )
+
+
+def _wait_for(store: Store, key: str) -> bytes:
+    try:
+        value: bytes = store.get(key)
+    except RuntimeError as error:  # torch's DistStoreError, after the timeout
+        who = key.rsplit("/", 1)[1]
+        raise PlanMismatchError(
+            "the processes of this job could not compare their plans",
+            found="rank 0 has not answered" if who == "verdict" else f"rank {who} has not come",
+            reason="only some processes made an Accelerator or a state with these arguments, or one has ended",
+            hint="make it on every process",
+        ) from error
+    return value
 
 
 def _differences(plans: list[dict[str, str]]) -> list[str]:

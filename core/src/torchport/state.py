@@ -177,6 +177,9 @@ class GradientState:
         elif gradient_accumulation_plugin is not None:
             self.plugin = gradient_accumulation_plugin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (GradientState, ())  # copies share the one state too
+
     @property
     def initialized(self) -> bool:
         """Whether the shared state exists."""
@@ -225,6 +228,11 @@ class GradientState:
         if loader in self.dataloader_references:
             self.dataloader_references.remove(loader)
         self.active_dataloader = self.dataloader_references[-1] if self.dataloader_references else None
+
+    @staticmethod
+    def started() -> bool:
+        """Whether the shared state exists already."""
+        return bool(GradientState._shared)
 
     @staticmethod
     def _reset_state() -> None:

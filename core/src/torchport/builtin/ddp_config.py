@@ -52,7 +52,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
         DDPCommunicationHookType.NO, help="A cast around the hook.", choices=("no", "fp16", "bf16")
     )
     comm_state_option: dict[str, Any] = setting(
-        default_factory=dict, help="Arguments of the hook's state.", flag="", env=""
+        default_factory=dict, help="Arguments of the hook's state; as a variable, in JSON.", flag=""
     )
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,8 @@ from torchport.config.kwargs import AutocastKwargs, GradScalerKwargs, first_of
 from torchport.ops.pytree import convert_to_fp32
 from torchport.plugin.context import RunContext
 from torchport.plugin.precision import Precision
+
+_MARK = "_torchport_forward"
 
 
 class FullPrecision(Precision):
@@ -30,8 +33,20 @@ class Autocast(Precision):
 
     def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
         """Bind the model's `forward` to the autocast context."""
-        forward = model.forward
+        forward: Callable[..., Any] = model.forward
         cast = self.forward_context(context)
+        if isinstance(forward, types.MethodType) and forward.__self__ is model:
+            function = forward.__func__
+
+            @functools.wraps(function)
+            def autocast_method(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+                with cast():
+                    outputs = function(self, *args, **kwargs)
+                return convert_to_fp32(outputs)
+
+            autocast_method.__dict__[_MARK] = function
+            model.forward = types.MethodType(autocast_method, model)  # a copy of the model binds it anew
+            return model
 
         @functools.wraps(forward)
         def autocast_forward(*args: Any, **kwargs: Any) -> Any:
@@ -39,18 +54,20 @@ class Autocast(Precision):
                 outputs = forward(*args, **kwargs)
             return convert_to_fp32(outputs)
 
+        autocast_forward.__dict__[_MARK] = forward
         model.forward = autocast_forward
         return model
 
     def restore(self, model: torch.nn.Module) -> None:
         """Give the model its own `forward` back."""
-        own = getattr(model.__dict__.get("forward"), "__wrapped__", None)
+        bound = model.__dict__.get("forward")
+        own = getattr(bound, _MARK, None)  # a bound method shows the attributes of its function
         if own is None:
             return
-        if getattr(own, "__func__", None) is type(model).forward:
+        if own is type(model).forward:
             del model.forward
         else:
-            model.forward = own
+            model.forward = types.MethodType(own, model) if isinstance(bound, types.MethodType) else own
 
     def forward_context(
         self, context: RunContext, options: Any = None

@@ -232,6 +232,8 @@ def _convert_one(value: Any, kind: Any) -> Any:
             if isinstance(items, (list, tuple))
             else dataclasses.MISSING
         )
+    if typing.get_origin(kind) is dict:
+        return _convert_mapping(text)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         for member in kind:
             if str(text).lower() in (str(member.value).lower(), member.name.lower()):
@@ -243,7 +245,23 @@ def as_text(value: Any) -> str:
     """Write a value as flags and variables hold it; `Setting.coerce` reads it back."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
+    if isinstance(value, Mapping):
+        import json
+
+        return json.dumps(value)
     return str(value.value if isinstance(value, enum.Enum) else value)
+
+
+def _convert_mapping(value: Any) -> Any:
+    """Take a mapping as it is, and a text as JSON."""
+    if isinstance(value, str):
+        import json
+
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return dataclasses.MISSING
+    return dict(value) if isinstance(value, Mapping) else dataclasses.MISSING
 
 
 def _describe(kind: Any) -> str:

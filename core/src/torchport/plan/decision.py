@@ -137,12 +137,17 @@ class Plan:
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what all processes must agree on, by slot: the choice, and a digest of its settings."""
+        """Return what all processes must agree on, by slot: the choice, and a digest of its settings.
+
+        Each process may have trackers of its own, and may have been started in its own way.
+        """
         import hashlib
         import json
 
         shared = {}
         for decision in self.decisions:
+            if decision.slot in ("trackers", "launcher"):
+                continue
             shared[decision.slot] = decision.name
             if decision.config is not None:
                 settings = json.dumps(plain(decision.config), sort_keys=True)

@@ -125,6 +125,11 @@ class Installed:
     def _contested(self, entry: Entry) -> list[str]:
         return [label for label in entry.labels if (entry.spec.kind, label) in self.clashes]
 
+    def configured_by(self, value: Any) -> bool:
+        """Whether `value` is an instance of some installed plugin's settings."""
+        names = {f"{kind.__module__}:{kind.__qualname__}" for kind in type(value).__mro__}
+        return any(entry.spec.config in names for table in self.entries.values() for entry in table.values())
+
     def find(self, kind: str, name: str, wanted_by: str) -> Entry:
         """Return the entry of this name or alias.
 

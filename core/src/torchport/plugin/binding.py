@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from torchport.errors import OperationError
 from torchport.plugin.backend import Backend
 from torchport.plugin.strategy import Prepared, PrepareRequest
 
@@ -38,51 +40,85 @@ def bind_step(
     chosen = tuple(request.optimizers if optimizers is None else optimizers)
     backend, precision = request.context.backend, request.context.precision
 
-    def gradients() -> list[torch.Tensor]:
-        owned = [p for model in models for p in model.parameters()]
-        owned += [p for optimizer in chosen for group in optimizer.param_groups for p in group["params"]]
+    def gradients(of: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
+        owned: list[torch.Tensor] = [p for model in of or models for p in model.parameters()]
+        if not of:
+            owned += [p for optimizer in chosen for p in _parameters(optimizer)]
         return list({id(p): p.grad for p in owned if p.grad is not None}.values())
-
-    def zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool) -> None:
-        optimizer.zero_grad(set_to_none)
-
-    def plain_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
-        optimizer.step() if closure is None else optimizer.step(closure)
-        return True
 
     def backend_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
         backend.optimizer_step(optimizer, closure)
         return True
 
-    step = plain_step if type(backend).optimizer_step is Backend.optimizer_step else backend_step
-
-    if precision.scaler is not None:
-        precision.scaling = precision.scaling or ScaledStep(precision.scaler)
-        precision.scaling.add(chosen)
-    scaled = precision.scaling
-    return Prepared(
+    own_step = type(backend).optimizer_step is not Backend.optimizer_step
+    unscaled = Prepared(
         models=tuple(models),
         optimizers=chosen,
-        backward=torch.Tensor.backward if scaled is None else scaled.backward,
-        step=step if scaled is None else scaled.step,
+        backward=torch.Tensor.backward,
+        step=backend_step if own_step else plain_step,
         zero_grad=zero_grad,
         no_sync=no_sync,
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=torch.nn.utils.clip_grad_value_,
         gradients=gradients,
-        unscale_gradients=_nothing_to_unscale if scaled is None else scaled.unscale,
+        unscale_gradients=_nothing_to_unscale,
     )
+    if precision.scaler is None:
+        return unscaled
+    scaling = precision.scaling = precision.scaling or ScaledStep(precision.scaler)
+    scaling.add(chosen)
+
+    def unscale_and_clip_norm(
+        parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float
+    ) -> torch.Tensor:
+        parameters = list(parameters)
+        scaling.unscale_owners(parameters)
+        return clip_grad_norm(parameters, max_norm, norm_type)
+
+    def unscale_and_clip_value(parameters: Iterable[torch.Tensor], value: float) -> None:
+        parameters = list(parameters)
+        scaling.unscale_owners(parameters)
+        torch.nn.utils.clip_grad_value_(parameters, value)
+
+    return dataclasses.replace(
+        unscaled,
+        backward=scaling.backward,
+        step=scaling.step,
+        clip_grad_norm=unscale_and_clip_norm,
+        clip_grad_value=unscale_and_clip_value,
+        unscale_gradients=scaling.unscale,
+    )
+
+
+def plain_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
+    """Step; without a loss scale, every step is applied."""
+    optimizer.step() if closure is None else optimizer.step(closure)
+    return True
+
+
+def zero_grad(optimizer: torch.optim.Optimizer, set_to_none: bool) -> None:
+    """Clear the gradients of an optimizer's parameters."""
+    optimizer.zero_grad(set_to_none)
 
 
 def _nothing_to_unscale(optimizer: torch.optim.Optimizer | None) -> None:
     """Gradients carry no loss scale."""
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter.grad is not None for parameter in _parameters(optimizer))
+
+
 class ScaledStep:
     """Backward, unscale and step under a loss scaler, for one or several optimizers.
 
     The scale is updated once for each round, after the last optimizer has stepped (or before the next backward),
-    so that all optimizers of a round divide by the same scale.
+    so that all optimizers of a round divide by the same scale. While an optimizer that has not stepped yet holds
+    gradients, the scale stays as it is.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
@@ -99,9 +135,13 @@ class ScaledStep:
                 optimizer.register_step_post_hook(self._note_applied)
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        """Compute gradients of the scaled loss."""
-        if self.applied:  # some optimizer did not take part in the last round
-            self._update()
+        """Compute gradients of the scaled loss.
+
+        Raises:
+            OperationError: if unscaled gradients would be added to scaled ones.
+        """
+        if self.applied or self.unscaled:
+            self._begin_round()
         torch.autograd.backward(self.scaler.scale(loss), **kwargs)
 
     def unscale(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -111,11 +151,22 @@ class ScaledStep:
                 self.scaler.unscale_(candidate)
                 self.unscaled.add(key)
 
+    def unscale_owners(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Divide the scale out of the gradients of the optimizers to which some of the parameters belong."""
+        wanted = {id(parameter) for parameter in parameters}
+        for optimizer in self.optimizers.values():
+            if any(id(parameter) in wanted for parameter in _parameters(optimizer)):
+                self.unscale(optimizer)
+
     def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
-        """Step unless a gradient overflowed; return whether the step was applied."""
+        """Step unless a gradient overflowed; return whether the step was applied.
+
+        Raises:
+            OperationError: if there is a closure, which cannot be called again under another scale.
+        """
         if closure is not None:
-            raise RuntimeError(
-                "a loss scaler takes no closure: use precision 'no' or 'bf16' with this optimizer"
+            raise OperationError(
+                "a loss scaler takes no closure", hint="precision 'no' or 'bf16' with this optimizer"
             )
         self.applied[id(optimizer)] = False
         self.scaler.step(optimizer)
@@ -128,7 +179,19 @@ class ScaledStep:
         found_inf = getattr(optimizer, "found_inf", None)  # set by the scaler on fused optimizers
         self.applied[id(optimizer)] = found_inf is None or not bool(found_inf)
 
-    def _update(self) -> None:
-        self.scaler.update()
+    def _begin_round(self) -> None:
+        """Close the last round, in which some optimizer did not take part."""
+        waiting = [self.optimizers[key] for key in self.optimizers.keys() - self.applied.keys()]
+        holding = [optimizer for optimizer in waiting if _has_gradients(optimizer)]
+        if any(id(optimizer) in self.unscaled for optimizer in holding):
+            raise OperationError(
+                "backward() would add scaled gradients to gradients that were unscaled already",
+                reason="they were clipped or unscaled, and their optimizer has not stepped since",
+                hint="clip on the last micro-batch only: if accelerator.sync_gradients: ...",
+            )
+        self._update(keep_scale=bool(holding))
+
+    def _update(self, *, keep_scale: bool = False) -> None:
+        self.scaler.update(self.scaler.get_scale() if keep_scale else None)
         self.applied.clear()
         self.unscaled.clear()

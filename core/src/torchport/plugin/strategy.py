@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,10 +49,11 @@ class Prepared:
             (a loss scaler may skip it).
         zero_grad: Clears the gradients of one of `optimizers`: `zero_grad(optimizer, set_to_none)`.
         no_sync: A context in which gradients of a model are kept local: `no_sync(model)`.
-        clip_grad_norm: Clips to a total norm and returns the norm before:
+        clip_grad_norm: Clips to a total norm, after dividing the loss scale out, and returns the norm before:
             `clip_grad_norm(parameters, max_norm, norm_type)`.
-        clip_grad_value: Clips each element: `clip_grad_value(parameters, value)`.
-        gradients: Returns the gradients that this process holds, each once: `gradients()`.
+        clip_grad_value: Clips each element, after dividing the loss scale out: `clip_grad_value(parameters, value)`.
+        gradients: Returns the gradients that this process holds of some models, or, given none, of all models and
+            optimizers: `gradients(models)`. They are averaged over processes after a backward that synchronizes.
         unscale_gradients: Divides the loss scale out of the gradients of one optimizer, or of all (`None`).
         owns_accumulation: Whether the strategy counts and averages micro-batches itself.
     """
@@ -65,7 +66,7 @@ class Prepared:
     no_sync: Callable[[torch.nn.Module], AbstractContextManager[Any]]
     clip_grad_norm: Callable[[Iterable[torch.Tensor], float, float], torch.Tensor]
     clip_grad_value: Callable[[Iterable[torch.Tensor], float], None]
-    gradients: Callable[[], list[torch.Tensor]]
+    gradients: Callable[[Sequence[torch.nn.Module]], list[torch.Tensor]]
     unscale_gradients: Callable[[torch.optim.Optimizer | None], None]
     owns_accumulation: bool = False
 
@@ -81,6 +82,11 @@ class Strategy(ABC):
     def __init__(self, spec: StrategySpec, config: Any = None) -> None:
         self.spec = spec
         self.config = config
+
+    @property
+    def supports_local_steps(self) -> bool:
+        """Whether each process holds a whole replica, which may train apart from the others for some steps."""
+        return False
 
     @abstractmethod
     def prepare(self, request: PrepareRequest) -> Prepared:

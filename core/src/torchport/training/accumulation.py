@@ -11,7 +11,7 @@ which is the gradient of one big batch, however the items are spread over micro-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -47,15 +47,19 @@ class AccumulationWindow:
         self.divisor = self.steps
         self.items: Any = None
         self.weight: Any = None
+        self._unsettled = False
+        self._item_scale: float | None = None
+        self._models: tuple[torch.nn.Module, ...] = ()
+        self._inside = False
         self._contexts: list[AbstractContextManager[Any]] = []
         self._backward: Callable[..., None] = torch.Tensor.backward
-        self._gradients: list[Callable[[], list[torch.Tensor]]] = []
+        self._held: list[Callable[[Sequence[torch.nn.Module]], list[torch.Tensor]]] = []
         self._no_sync: Callable[[torch.nn.Module], AbstractContextManager[Any]] | None = None
 
     def bind(self, prepared: Prepared) -> None:
         """Take over the callables of a strategy."""
         self._backward = prepared.backward
-        self._gradients.append(prepared.gradients)
+        self._held.append(prepared.gradients)
         self._no_sync = prepared.no_sync
 
     def begin(
@@ -63,6 +67,12 @@ class AccumulationWindow:
     ) -> AccumulationWindow:
         """Count one micro-batch and decide whether it ends the window."""
         gradients = self.gradients
+        if self._inside:
+            raise ConfigurationError(
+                "accumulate() was called inside accumulate()",
+                reason="one context is one micro-batch",
+                hint="accumulate(model_a, model_b) for several models",
+            )
         if self.steps == 1 and num_items is None and self.items is None:  # every micro-batch is a window
             self.done = 1
             gradients.sync_gradients = True
@@ -73,22 +83,29 @@ class AccumulationWindow:
         self.done += 1
         last = self.done >= self.size or (loader is not None and loader.end_of_dataloader)
         gradients.sync_gradients = last
+        self._models = models
         if num_items is not None:
             self._weigh(num_items, reduction)
         elif self.items is not None:
-            raise ConfigurationError(
-                "accumulate() was given num_items for some micro-batches of a window and not for others",
-                hint="give num_items to every micro-batch, or to none",
-            )
+            raise _some_without_items()
+        self._unsettled = last and (self.items is not None or self.done < self.size)
         if not last and self._no_sync is not None and not gradients.plugin.sync_each_batch:
             self._contexts = [self._no_sync(model) for model in models]
         return self
+
+    def reset(self) -> None:
+        """Begin anew: the next micro-batch is the first of its window."""
+        self.done = 0
+        self.divisor = self.steps
+        self.items = self.weight = None
+        self._unsettled = False
+        self.gradients.sync_gradients = True
 
     def _open(self, loader: Any) -> None:
         """Plan a new window: shorter if the loader has fewer batches left."""
         self.size = self.steps
         if loader is not None and loader.batches_left is not None:
-            self.size = min(self.steps, loader.batches_left + 1)
+            self.size = max(1, min(self.steps, loader.batches_left + 1))
         self.divisor = self.size
         self.items = self.weight = None
 
@@ -100,15 +117,31 @@ class AccumulationWindow:
                 hint='"mean" if the loss is a mean over num_items, "sum" if it is their sum',
             )
         if self.items is None and self.done > 1:
-            raise ConfigurationError(
-                "accumulate() was given num_items for some micro-batches of a window and not for others",
-                hint="give num_items to every micro-batch, or to none",
-            )
+            raise _some_without_items()
+        if self._item_scale is None:
+            self._item_scale = self._typical(num_items)
         self.items = num_items if self.items is None else self.items + num_items
-        self.weight = num_items if reduction == "mean" else 1
+        self.weight = (num_items if reduction == "mean" else 1) / self._item_scale
         self.divisor = 1
 
+    def _typical(self, num_items: Any) -> float:
+        """Return the mean number of items of the first micro-batches of all processes.
+
+        Losses are divided by it before their backward, so that weights are around 1 and half-precision gradients
+        do not overflow; the division is undone when the window is settled.
+        """
+        return max(1.0, float(self._over_processes(num_items)) / self.context.topology.world_size)
+
+    def _over_processes(self, number: Any) -> Any:
+        """Return the sum of a number over all processes."""
+        context = self.context
+        if context.collectives is None or context.topology.world_size == 1:
+            return number
+        number = torch.as_tensor(number, device=context.device).detach().clone()
+        return context.collectives.all_reduce(number, "sum")
+
     def __enter__(self) -> AccumulationWindow:
+        self._inside = True
         for context in self._contexts:
             context.__enter__()
         return self
@@ -116,12 +149,17 @@ class AccumulationWindow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._inside = False
         if self._contexts:
             contexts, self._contexts = self._contexts, []
             for context in reversed(contexts):
                 context.__exit__(kind, error, trace)
-        if self.gradients.sync_gradients or error is not None:
+        if error is not None:
+            self.reset()
+        elif self.gradients.sync_gradients:
             self.done = 0
+            self.divisor = self.steps
+            self.weight = None
         if self.on_exit is not None:
             self.on_exit()
 
@@ -137,31 +175,37 @@ class AccumulationWindow:
         elif self.weight is not None:
             loss = loss * self.weight
         self._backward(loss, **kwargs)
-        if self.items is not None:
-            if self.gradients.sync_gradients:
-                self._normalize_by_items()
-        elif self.done < self.size and self.done and self.gradients.sync_gradients:
-            self._scale_gradients(
-                self.size / self.done
-            )  # the loader had no length and ended inside the window
-            self.size = self.divisor = self.done
+        if self._unsettled:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Normalise the gradients of the window that ends now; a further loss of it comes normalised already."""
+        self._unsettled = False
+        if self.items is None:  # the loader had no length and ended inside the window
+            self._scale_gradients(self.size / self.done)
+            self.divisor = self.done
+            return
+        total = self._over_processes(self.items)
+        self.items = None
+        scale = (self._item_scale or 1.0) * self.context.topology.world_size
+        factor: Any
+        if isinstance(total, torch.Tensor):
+            total = total.to(torch.float32)
+            factor = torch.where(total > 0, scale / total, 0.0)
+        else:
+            factor = scale / total if total > 0 else 0.0
+        self._scale_gradients(factor)
+        self.weight = self.weight * factor
 
     def _scale_gradients(self, factor: Any) -> None:
-        """Multiply all gradients, each once, however many calls of `prepare` know of it."""
-        found = {id(gradient): gradient for held in self._gradients for gradient in held()}
+        """Multiply the gradients of the models given to `accumulate`, or of all, each once."""
+        found = {id(gradient): gradient for held in self._held for gradient in held(self._models)}
         if found:
             torch._foreach_mul_(list(found.values()), factor)
 
-    def _normalize_by_items(self) -> None:
-        """Turn gradients averaged over processes into the sum over all items divided by their number."""
-        context, items = self.context, self.items
-        self.items = self.weight = None
-        if context.collectives is not None and context.topology.world_size > 1:
-            items = torch.as_tensor(items, device=context.device).detach().clone()
-            items = context.collectives.all_reduce(items, "sum")
-        total = items.to(torch.float32) if isinstance(items, torch.Tensor) else items
-        if not isinstance(total, torch.Tensor) and total <= 0:
-            raise ConfigurationError(
-                "the accumulation window has no items", found=f"num_items sums up to {total}"
-            )
-        self._scale_gradients(context.topology.world_size / total)
+
+def _some_without_items() -> ConfigurationError:
+    return ConfigurationError(
+        "accumulate() was given num_items for some micro-batches of a window and not for others",
+        hint="give num_items to every micro-batch, or to none",
+    )

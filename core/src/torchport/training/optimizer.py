@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchport.plugin.binding import plain_step, zero_grad
 from torchport.plugin.strategy import Prepared
 
 if TYPE_CHECKING:
@@ -106,10 +107,13 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        """Return what can be pickled; a copy steps as PyTorch does, without the strategy that bound it."""
+        bound = ("_bound_step", "_bound_zero_grad")
+        return {name: value for name, value in self.__dict__.items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._bound_step, self._bound_zero_grad = plain_step, zero_grad
 
     def __repr__(self) -> str:
         return f"AcceleratedOptimizer({self.optimizer!r})"

@@ -11,7 +11,7 @@ import torch
 
 from torchport.errors import ConfigurationError
 from torchport.ops import exchange
-from torchport.runtime import Runtime
+from torchport.runtime import Runtime, current_topology
 
 RNG_TYPES = ("torch", "device", "generator", "python", "numpy")
 """Random number generators that can be synchronized; the name of a device type means its own."""
@@ -27,8 +27,8 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
             (`torch.use_deterministic_algorithms`).
     """
     runtime = Runtime.current
-    if device_specific and runtime is not None:
-        seed += runtime.topology.rank
+    if device_specific:
+        seed += current_topology().rank
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -36,6 +36,21 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         runtime.backend.seed(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
+
+
+def check_rng_types(rng_types: Iterable[str], device: torch.device) -> tuple[str, ...]:
+    """Return types of generators as texts.
+
+    Raises:
+        ConfigurationError: for one that is neither among `RNG_TYPES` nor the type of the run's device.
+    """
+    kinds = tuple(str(getattr(kind, "value", kind)) for kind in rng_types)
+    for kind in kinds:
+        if kind not in (*RNG_TYPES, device.type):
+            raise ConfigurationError(
+                f"{kind!r} is not a type of generator", hint=f"one of {', '.join(RNG_TYPES)}"
+            )
+    return kinds
 
 
 def synchronize_rng_state(rng_type: str | None = None, generator: torch.Generator | None = None) -> None:

@@ -47,13 +47,13 @@ class AcceleratedScheduler:
             self.scheduler.step(*args, **kwargs)
             return
         if not self.gradient_state.sync_gradients:
-            if self.gradient_state.adjust_scheduler:
+            if self.gradient_state.adjust_scheduler and hasattr(self.scheduler, "_step_count"):
                 self.scheduler._step_count += 1
             return
         for optimizer in self.optimizers:
             if not optimizer._applied:
                 return
-        if self.steps_per_update == 1:
+        if self.steps_per_update == 1 or args or kwargs:  # a metric, or an epoch, counts once
             self.scheduler.step(*args, **kwargs)
             return
         total = getattr(self.scheduler, "total_steps", None)
