@@ -38,6 +38,10 @@ def test_accumulation_learns_in_bfloat16_as_the_launcher_says(launch, tmp_path):
     assert "in bf16" in output
 
 
+def test_local_sgd_learns_with_parameters_averaged_every_eight_steps(launch, tmp_path):
+    assert accuracy(run([*launch(2), str(EXAMPLES / "local_sgd.py")], tmp_path)) >= 0.9
+
+
 def test_an_example_runs_without_a_launcher(tmp_path):
     output = run([sys.executable, str(EXAMPLES / "digits.py"), "--epochs", "1"], tmp_path)
     assert "plan for 1 process" in output

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torchport.data.loader import skip_first_batches
     from torchport.distributed_type import DistributedType
     from torchport.errors import TorchportError
+    from torchport.launchers import debug_launcher, notebook_launcher
     from torchport.state import AcceleratorState, GradientState, PartialState
+    from torchport.training.local_sgd import LocalSGD
+    from torchport.training.memory import find_executable_batch_size
     from torchport.training.random import set_seed
 
 __version__ = "0.1.0"
@@ -40,10 +43,14 @@ _EXPORTS = {
     "GradientAccumulationPlugin": "torchport.config.kwargs",
     "GradientState": "torchport.state",
     "InitProcessGroupKwargs": "torchport.config.kwargs",
+    "LocalSGD": "torchport.training.local_sgd",
     "PartialState": "torchport.state",
     "ProfileKwargs": "torchport.config.kwargs",
     "ProjectConfiguration": "torchport.config.kwargs",
     "TorchportError": "torchport.errors",
+    "debug_launcher": "torchport.launchers",
+    "find_executable_batch_size": "torchport.training.memory",
+    "notebook_launcher": "torchport.launchers",
     "set_seed": "torchport.training.random",
     "skip_first_batches": "torchport.data.loader",
 }
@@ -61,11 +68,15 @@ __all__ = [
     "GradientAccumulationPlugin",
     "GradientState",
     "InitProcessGroupKwargs",
+    "LocalSGD",
     "PartialState",
     "ProfileKwargs",
     "ProjectConfiguration",
     "TorchportError",
     "__version__",
+    "debug_launcher",
+    "find_executable_batch_size",
+    "notebook_launcher",
     "set_seed",
     "skip_first_batches",
 ]

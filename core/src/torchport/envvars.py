@@ -30,6 +30,7 @@ ACCUMULATION_STEPS = "TORCHPORT_GRADIENT_ACCUMULATION_STEPS"
 CONFIG_FILE = "TORCHPORT_CONFIG_FILE"
 DEBUG = "TORCHPORT_DEBUG"
 TIMEOUT = "TORCHPORT_TIMEOUT"
+LOG_LEVEL = "TORCHPORT_LOG_LEVEL"
 BIND_CPU = "TORCHPORT_BIND_CPU"
 ORIGINS = "TORCHPORT_ORIGINS"
 RANK = "RANK"
@@ -57,6 +58,7 @@ VARIABLES = (
     ),
     Variable(DEBUG, "`1`: check shapes and dtypes across processes before every collective operation."),
     Variable(TIMEOUT, "Seconds that a collective operation waits for other processes (default 1800)."),
+    Variable(LOG_LEVEL, "Lowest level that loggers of `get_logger` log, such as `INFO`."),
     Variable(BIND_CPU, "`1`: bind each process to its own share of the processor cores."),
     Variable(ORIGINS, "Set by `torchport launch`: which flag or file each variable came from."),
     Variable(RANK, "Index of the process among all; set by the launcher."),

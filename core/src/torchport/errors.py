@@ -82,6 +82,14 @@ class LaunchError(TorchportError):
     """Processes could not be started."""
 
 
+class WorkerError(LaunchError, RuntimeError):
+    """A function that was run in several processes failed in one of them; the message has its traceback."""
+
+
+class BatchSizeError(TorchportError, RuntimeError):
+    """No batch size fits into memory."""
+
+
 class OperationError(TorchportError, RuntimeError):
     """A collective operation was called with arguments that do not fit together across processes."""
 

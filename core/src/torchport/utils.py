@@ -38,6 +38,10 @@ _EXPORTS = {
     "pad_across_processes": "torchport.ops.exchange",
     "reduce": "torchport.ops.exchange",
     "wait_for_everyone": "torchport.ops.exchange",
+    # memory and progress
+    "find_executable_batch_size": "torchport.training.memory",
+    "release_memory": "torchport.training.memory",
+    "tqdm": "torchport.progress",
     # random numbers
     "set_seed": "torchport.training.random",
     "synchronize_rng_state": "torchport.training.random",

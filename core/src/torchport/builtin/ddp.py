@@ -19,6 +19,7 @@ class DdpStrategy(Strategy):
     """`torch.nn.parallel.DistributedDataParallel` over any backend whose collectives open a process group."""
 
     config: DistributedDataParallelKwargs
+    supports_local_steps = True
 
     def prepare(self, request: PrepareRequest) -> Prepared:
         """Replicate models, and bind them to the precision."""

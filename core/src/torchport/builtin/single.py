@@ -9,6 +9,8 @@ from torchport.plugin.strategy import Prepared, PrepareRequest, Strategy
 class SingleStrategy(Strategy):
     """One process, the model as it is, on the device."""
 
+    supports_local_steps = True
+
     def prepare(self, request: PrepareRequest) -> Prepared:
         """Move models to the device and bind them to the precision."""
         context = request.context

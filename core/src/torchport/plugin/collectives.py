@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,9 @@ class Collectives(ABC):
                 reason=str(error).splitlines()[0],
                 hint="is the port in use, or the address wrong? They come from MASTER_ADDR and MASTER_PORT",
             ) from error
-        shared: Store = store
+        # An elastic agent keeps its store when it starts the processes anew; what the last ones wrote is stale.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        shared: Store = dist.PrefixStore(f"torchport/attempt/{attempt}", store)  # type: ignore[attr-defined]
         return shared
 
     # --- exchanging tensors ------------------------------------------------------------------------------
