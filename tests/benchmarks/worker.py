@@ -41,6 +41,9 @@ def together() -> None:
 
 
 CHUNK = 10  # steps: short, so that what loads the machine for a moment loads all contestants of a round
+WARM_UP = (
+    2  # steps before them that are not measured: the contestant before has left its own code in the caches
+)
 GENERATION = 20  # rounds
 
 
@@ -67,6 +70,7 @@ def step(rounds: int) -> Taken:
         for name in in_turn(list(made), GENERATION):
             steps = running[name]
             gc.collect()
+            deque(islice(steps, WARM_UP), maxlen=0)
             together()
             used, started = time.process_time(), time.perf_counter()
             for _ in range(CHUNK):

@@ -111,11 +111,12 @@ class DataLoaderShard(DataLoader[Any]):
     def _count_down(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Give out batches of a loader whose length is known; nothing is read before it is asked for."""
         place, left = self._place, self.batches_left or 0
+        own = vars(self)  # setting an attribute of a DataLoader runs Python code that looks for reserved names
         self.gradient_state._add_dataloader(self)
         try:
             for batch in batches:
                 left -= 1
-                self.batches_left = left
+                own["batches_left"] = left
                 if left == 0:
                     self.end_of_dataloader = True
                 yield batch if place is None else place(batch)
