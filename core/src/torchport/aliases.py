@@ -134,7 +134,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "ACCELERATE_DEBUG_MODE": envvars.DEBUG,
     "ACCELERATE_CPU_AFFINITY": envvars.BIND_CPU,
     "ACCELERATE_LOG_LEVEL": envvars.LOG_LEVEL,
-    "ACCELERATE_LOG_LEVEL": envvars.LOG_LEVEL,
 }
 """Variables that are another name of a variable."""
 

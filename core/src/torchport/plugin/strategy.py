@@ -88,11 +88,6 @@ class Strategy(ABC):
         """Whether each process holds a whole replica, which may train apart from the others for some steps."""
         return False
 
-    @property
-    def supports_local_steps(self) -> bool:
-        """Whether each process holds a whole replica, which may train apart from the others for some steps."""
-        return False
-
     @abstractmethod
     def prepare(self, request: PrepareRequest) -> Prepared:
         """Distribute models and optimizers, and bind the callables of a step."""
