@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from datetime import datetime
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchport import Accelerator
+from torchport import Accelerator, ProjectConfiguration
 from torchport.checkpoint import atomic
 from torchport.checkpoint.weights import load_weights, save_weights
 from torchport.errors import CheckpointError, ConfigurationError
@@ -128,12 +131,225 @@ def test_names_and_hooks(saved, tmp_path):
         accelerator.save_state()
     with pytest.raises(ConfigurationError, match="cannot be registered"):
         accelerator.register_for_checkpointing(object())
-    seen = []
-    handle = accelerator.register_save_state_pre_hook(lambda models, weights, path: seen.append(path))
-    accelerator.save_state(tmp_path / "hooked")
+
+
+def test_a_save_hook_gets_models_states_and_a_folder_and_its_files_are_kept(saved, tmp_path):
+    accelerator, _ = saved
+    model = accelerator._contents.models[0]
+
+    def hook(models, weights, output_dir):
+        assert models == [model]
+        assert [sorted(state) for state in weights] == [["bias", "weight"]]
+        inner = Path(output_dir) / "inner"
+        inner.mkdir()
+        (inner / "config.json").write_text("{}")
+        (inner / "manifest.json").write_text("mine")
+
+    handle = accelerator.register_save_state_pre_hook(hook)
+    for _ in range(2):  # the second replaces the first, files of the hook included
+        accelerator.save_state(tmp_path / "hooked")
     handle.remove()
+    assert (tmp_path / "hooked/inner/config.json").read_text() == "{}"
+    assert {"inner/config.json", "inner/manifest.json", "model.safetensors"} <= set(
+        atomic.verify(tmp_path / "hooked")["files"]
+    )
     accelerator.save_state(tmp_path / "not-hooked")
-    assert seen == [str(tmp_path / "hooked")]
+    assert not (tmp_path / "not-hooked/inner").exists()
+
+
+def test_hooks_save_and_load_the_models_that_they_take_out_of_the_list(tmp_path):
+    accelerator = Accelerator()
+    first, second = accelerator.prepare(nn.Linear(1, 1), nn.Linear(2, 2))
+    values = second.weight.detach().clone()
+    accelerator.register_save_state_pre_hook(lambda models, weights, output_dir: weights.pop(0))
+    accelerator.save_state(tmp_path / "state")
+    assert [path.name for path in (tmp_path / "state").glob("model*")] == ["model_1.safetensors"]
+    with torch.no_grad():
+        first.weight.fill_(5.0)
+        second.weight.fill_(5.0)
+    with pytest.raises(CheckpointError, match="has no weights of model 0"):
+        accelerator.load_state(tmp_path / "state")
+    accelerator.register_load_state_pre_hook(lambda models, input_dir: models.pop(0))
+    accelerator.load_state(tmp_path / "state")
+    assert first.weight.item() == 5.0
+    assert torch.equal(second.weight, values)
+    assert accelerator._contents.models == [first, second]
+
+
+def test_a_hook_cannot_write_the_manifest(saved):
+    accelerator, folder = saved
+    before = (folder / "manifest.json").read_text()
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, output_dir: Path(output_dir, "manifest.json").write_text("mine")
+    )
+    with pytest.raises(CheckpointError, match=r"save hook has written a file manifest\.json"):
+        accelerator.save_state(folder)
+    assert (folder / "manifest.json").read_text() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["state"]
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(saved, tmp_path):
+    accelerator, folder = saved
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events").write_text("precious")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.py").write_text("precious")
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for target, found in ((folder, "logs/events"), (other, "train.py"), (file, "a file of that name")):
+        with pytest.raises(CheckpointError, match=found):
+            accelerator.save_state(target)
+    assert (folder / "logs/events").read_text() == "precious"
+    assert (other / "train.py").read_text() == "precious"
+    assert file.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "state"]
+
+
+def test_the_working_directory_and_what_contains_it_are_not_replaced(saved, monkeypatch):
+    accelerator, folder = saved
+    inside = folder / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    for target, found in ((".", "it is the working directory"), (folder, "is in it")):
+        with pytest.raises(CheckpointError, match=found):
+            accelerator.save_state(target)
+    assert inside.is_dir()
+    atomic.verify(folder)
+
+
+def test_an_empty_folder_and_a_link_to_a_checkpoint_are_saved_into(saved, tmp_path):
+    accelerator, folder = saved
+    (tmp_path / "empty").mkdir()
+    accelerator.save_state(tmp_path / "empty")
+    atomic.verify(tmp_path / "empty")
+    link = tmp_path / "latest"
+    link.symlink_to(folder)
+    with torch.no_grad():
+        accelerator._contents.models[0].weight.fill_(3.0)
+    assert accelerator.save_state(link) == str(link)
+    assert link.is_symlink()
+    assert load_weights(folder / "model.safetensors")["weight"].unique().tolist() == [3.0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "latest", "state"]
+
+
+class Holds:
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def test_numpy_values_come_back_as_plain_values_and_tensors(tmp_path):
+    accelerator = Accelerator()
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.1))
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3])
+    accelerator.prepare(model, optimizer, scheduler)
+    state = {
+        "best": np.float64(0.5),
+        np.int64(3): [np.bool_(True)],
+        "seen": np.arange(4)[::-1],
+        "t": (1, {2}),
+    }
+    holder = Holds(state)
+    accelerator.register_for_checkpointing(holder)
+    accelerator.save_state(tmp_path / "state")
+    assert holder.state is state
+    accelerator.load_state(tmp_path / "state")
+    seen = holder.state.pop("seen")
+    assert seen.tolist() == [3, 2, 1, 0]
+    assert isinstance(seen, torch.Tensor)
+    assert holder.state == {"best": 0.5, 3: [True], "t": (1, {2})}
+    assert type(holder.state["best"]) is float
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        ({"when": [datetime(2020, 1, 1)]}, r"state\['when'\]\[0\] is a datetime.datetime"),
+        (Path("x"), "its state is a pathlib"),
+        ({"a": np.array(["text"])}, r"state\['a'\] is a numpy.ndarray of dtype <U4"),
+        ({"f": lambda: 0}, r"state\['f'\] is a function"),
+    ],
+)
+def test_a_state_that_could_not_be_loaded_again_is_not_saved(saved, state, found):
+    accelerator, folder = saved
+    before = (folder / "manifest.json").read_text()
+    accelerator.register_for_checkpointing(Holds(state))
+    with pytest.raises(CheckpointError, match=r"Holds \(custom_checkpoint_0\.pkl\)[^$]*" + found):
+        accelerator.save_state(folder)
+    assert (folder / "manifest.json").read_text() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["state"]
+
+
+def numbered_project(folder, **settings):
+    AcceleratorState._reset_state()
+    project = ProjectConfiguration(
+        project_dir=str(folder), automatic_checkpoint_naming=True, total_limit=3, **settings
+    )
+    accelerator = Accelerator(project_config=project)
+    accelerator.prepare(nn.Linear(1, 1))
+    return accelerator
+
+
+def test_the_limit_deletes_what_was_saved_first_whatever_its_number(tmp_path):
+    folder = tmp_path / "checkpoints"
+    accelerator = numbered_project(tmp_path, iteration=5)
+    for _ in range(3):
+        accelerator.save_state()
+    (folder / "checkpoint_99").mkdir()
+    (folder / "checkpoint_99" / "notes").write_text("not a checkpoint of ours")
+    accelerator = numbered_project(tmp_path)
+    assert accelerator.save_state() == str(folder / "checkpoint_0")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["checkpoint_0", "checkpoint_6", "checkpoint_7", "checkpoint_99"]
+    accelerator.load_state()
+    assert accelerator.project_configuration.iteration == 1
+
+
+def test_each_optimizer_is_saved_and_loaded_with_the_model_that_owns_its_parameters(tmp_path):
+    accelerator = Accelerator()
+    first, second = nn.Linear(1, 1), nn.Linear(2, 2)
+    of_second = torch.optim.SGD(second.parameters(), lr=0.1)
+    of_first = torch.optim.SGD(first.parameters(), lr=0.1)
+    accelerator.prepare(first, second, of_second, of_first)
+    strategy, asked = accelerator._contents.strategy, []
+    saves, loads = strategy.optimizer_state_dict, strategy.load_optimizer_state_dict
+
+    def save(model, optimizer):
+        asked.append((model, optimizer))
+        return saves(model, optimizer)
+
+    def load(model, optimizer, state):
+        asked.append((model, optimizer))
+        loads(model, optimizer, state)
+
+    strategy.optimizer_state_dict, strategy.load_optimizer_state_dict = save, load
+    accelerator.save_state(tmp_path / "state")
+    accelerator.load_state(tmp_path / "state")
+    assert asked == [(second, of_second), (first, of_first)] * 2
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(True, False), (False, True), (True, True)])
+def test_a_compiled_model_has_the_names_of_the_model_itself(tmp_path, saving, loading):
+    def prepared(compiled):
+        AcceleratorState._reset_state()
+        accelerator, inner = Accelerator(), nn.Sequential(nn.Linear(1, 1))
+        accelerator.prepare(torch.compile(inner) if compiled else inner)
+        return accelerator, inner
+
+    accelerator, saved = prepared(saving)
+    accelerator.save_state(tmp_path / "state")
+    assert sorted(load_weights(tmp_path / "state/model.safetensors")) == ["0.bias", "0.weight"]
+    accelerator, loaded = prepared(loading)
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(loaded[0].weight, saved[0].weight)
 
 
 def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torchport.checkpoint.target import MANIFEST, refuse_foreign
 from torchport.errors import CheckpointError
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 _READERS = 4
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -63,7 +63,7 @@ def describe(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> di
         CheckpointError: if a known file has another size.
     """
     described = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         name, size = path.relative_to(folder).as_posix(), path.stat().st_size
         facts = (known or {}).get(name)
         if facts is None:
@@ -94,19 +94,28 @@ def publish(
 
     Args:
         folder: The temporary folder, with all files written.
-        target: Where it goes; an older folder there is replaced.
+        target: Where it goes; an older checkpoint there is replaced.
         facts: What else the manifest should say.
         known: Size and checksum of files that their writers have flushed already, by path inside. Other files of
             the folder are flushed and described here.
 
     Raises:
-        CheckpointError: if a file has another size than its writer says.
+        CheckpointError: if a file has another size than its writer says, or the manifest's name, or if there is
+            something else than a checkpoint at `target`.
     """
-    files = describe(folder, known or {})
     manifest = folder / MANIFEST
+    if manifest.exists():
+        raise CheckpointError(
+            f"a save hook has written a file {MANIFEST}",
+            reason="that is the name of the checkpoint's own list of files",
+            hint="another name",
+        )
+    files = describe(folder, known or {})
     manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n")
     flush(manifest)
-    flush(folder)
+    for place, _, _ in os.walk(folder, topdown=False):
+        flush(Path(place))
+    refuse_foreign(target)
     if target.exists():
         _exchange(folder, target)
         flush(target.parent)
@@ -116,11 +125,45 @@ def publish(
         flush(target.parent)
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
     """Check a folder against its manifest, and return the manifest.
+
+    Args:
+        folder: The folder.
+        share: Which part of the files to check, where several processes share the work.
+        shares: How many parts there are.
 
     Raises:
         CheckpointError: if the manifest or a file is missing, or a file differs from what was written.
+    """
+    manifest = read_manifest(folder)
+    listed: dict[str, dict[str, Any]] = manifest["files"]
+    mine = _part(listed, share, shares)
+    for name in mine:
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is damaged", found=f"{name} is missing")
+        if file.stat().st_size != listed[name]["size"]:
+            raise CheckpointError(
+                f"{folder} is damaged",
+                found=f"{name} has {file.stat().st_size} bytes instead of {listed[name]['size']}",
+            )
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = readers.map(checksum, (folder / name for name in mine))
+        differing = [name for name, value in zip(mine, found, strict=True) if value != listed[name]["crc32"]]
+    if differing:
+        raise CheckpointError(
+            f"{folder} is damaged",
+            found=f"the contents of {', '.join(differing)} differ from what was written",
+        )
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a complete checkpoint.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read or followed.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -136,7 +179,7 @@ def verify(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        listed = dict(manifest["files"])
+        names = list(dict(manifest["files"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the manifest of {folder} cannot be read", reason=str(error)) from error
     if manifest.get("format") != FORMAT:
@@ -144,28 +187,23 @@ def verify(folder: Path) -> dict[str, Any]:
             f"{folder} was written in checkpoint format {manifest.get('format')}",
             found=f"this version reads format {FORMAT}",
         )
-    for name, facts in listed.items():
-        file = folder / name
+    for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"the manifest of {folder} refers to {name!r}, outside its folder")
-        if not file.is_file():
-            raise CheckpointError(f"{folder} is damaged", found=f"{name} is missing")
-        if file.stat().st_size != facts["size"]:
-            raise CheckpointError(
-                f"{folder} is damaged",
-                found=f"{name} has {file.stat().st_size} bytes instead of {facts['size']}",
-            )
-    with ThreadPoolExecutor(_READERS) as readers:
-        found = readers.map(checksum, (folder / name for name in listed))
-        differing = [
-            name for name, value in zip(listed, found, strict=True) if value != listed[name]["crc32"]
-        ]
-    if differing:
-        raise CheckpointError(
-            f"{folder} is damaged",
-            found=f"the contents of {', '.join(differing)} differ from what was written",
-        )
     return manifest
+
+
+def _part(listed: dict[str, dict[str, Any]], share: int, shares: int) -> list[str]:
+    """Return the names of one of several parts with about as many bytes each."""
+    if shares == 1:
+        return list(listed)
+    parts: list[list[str]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for name in sorted(listed, key=lambda name: (-listed[name]["size"], name)):
+        least = loads.index(min(loads))
+        parts[least].append(name)
+        loads[least] += listed[name]["size"] + 1
+    return parts[share]
 
 
 def _exchange(folder: Path, target: Path) -> None:

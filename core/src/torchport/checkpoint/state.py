@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-import secrets
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 
 from torchport.checkpoint import atomic
-from torchport.checkpoint.weights import load_weights, save_weights
+from torchport.checkpoint.agreement import Agreement
+from torchport.checkpoint.plain import plain
+from torchport.checkpoint.weights import load_model_state, load_weights, model_state, save_weights
 from torchport.checkpoint.writer import FolderWriter
 from torchport.errors import CheckpointError
-from torchport.ops import exchange
 from torchport.plugin.precision import Precision
 from torchport.plugin.strategy import Strategy
 from torchport.runtime import Runtime
@@ -48,69 +48,112 @@ class Contents:
 
 
 def save(
-    contents: Contents, target: Path, *, safe_serialization: bool, leader: bool, facts: dict[str, Any]
+    contents: Contents,
+    target: Path,
+    folder: Path,
+    agreement: Agreement,
+    *,
+    safe_serialization: bool,
+    leader: bool,
+    facts: dict[str, Any],
+    hooks: Sequence[Callable[..., Any]] = (),
 ) -> None:
     """Write a checkpoint; call it on every process.
+
+    States are collected on all processes, as for some strategies that takes all of them, before any is written.
 
     Args:
         contents: What to save.
         target: The folder; an older checkpoint there is replaced when the new one is complete.
+        folder: The temporary folder beside it.
+        agreement: With the other processes.
         safe_serialization: Whether weights are written as safetensors.
         leader: Whether this process makes the folder and writes what all processes share.
         facts: What the manifest should say besides.
+        hooks: What to call with the models, the list of their states and the temporary folder, before what is
+            left in the list is written.
 
     Raises:
-        CheckpointError: on every process, if any of them could not write its part; nothing is left behind.
+        CheckpointError: on every process, if any of them could not do its part; nothing is left behind.
     """
-    token = exchange.broadcast_object_list([secrets.token_hex(4)])[0]
-    folder = target.parent / f".{target.name}.writing-{token}"
-    _together("make the folder", target, lambda: atomic.make_folder(folder, target) if leader else None)
     try:
-        written = _together("write", target, lambda: _write(contents, folder, safe_serialization, leader))
-        own = written[
-            contents.runtime.topology.rank
-        ]  # where machines share no disk, names may be those of others
-        known = {name: facts for files in (*written, own) for name, facts in files.items()}
-        _together(
-            "complete", target, lambda: atomic.publish(folder, target, facts, known) if leader else None
+        agreement.step(lambda: atomic.make_folder(folder, target) if leader else None, "make the folder")
+        weights: list[dict[str, Any]] = []
+        files: list[_File] = []
+        agreement.step(lambda: _collect(contents, leader, weights, files), "write")
+        written = agreement.step(
+            lambda: _write(contents, folder, safe_serialization, leader, hooks, weights, files), "write"
         )
+        own = written[contents.runtime.topology.rank]  # without a shared disk, names may be those of others
+        known = {name: described for listed in (*written, own) for name, described in listed.items()}
+        agreement.step(lambda: atomic.publish(folder, target, facts, known) if leader else None, "complete")
     except CheckpointError:
         if leader:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def load(contents: Contents, source: Path, *, strict: bool = True) -> dict[str, Any]:
+def load(
+    contents: Contents, source: Path, agreement: Agreement, *, hooks: Sequence[Callable[..., Any]] = ()
+) -> dict[str, Any]:
     """Verify a checkpoint and load it; call it on every process.
+
+    The processes of a machine share the work of verifying.
 
     Args:
         contents: What to load into.
         source: The folder.
-        strict: Whether the model's weights must match by name.
+        agreement: With the other processes.
+        hooks: What to call with a list of the models and the folder; models they take out are not loaded.
 
     Returns:
         The manifest.
 
     Raises:
-        CheckpointError: if the checkpoint is incomplete, damaged, or was made of other objects.
+        CheckpointError: on every process, if the checkpoint is incomplete, damaged, or was made of other objects.
     """
-    manifest = atomic.verify(source)
-    _check_counts(contents, manifest, source)
+    topology = contents.runtime.topology
+    manifests: list[dict[str, Any]] = []
+
+    def verify() -> None:
+        manifests.append(atomic.verify(source, topology.local_rank, topology.local_world_size))
+        _check_counts(contents, manifests[0], source)
+
+    agreement.step(verify)
+    models = list(contents.models)
+
+    def prepare() -> None:
+        for hook in hooks:
+            hook(models, str(source))
+
+    agreement.step(prepare, "run its load hooks")
+    agreement.step(lambda: _restore(contents, source, agreement, models))
+    return manifests[0]
+
+
+def _restore(contents: Contents, source: Path, agreement: Agreement, models: list[torch.nn.Module]) -> None:
+    strategy = contents.strategy
+
+    def read(action: Callable[[], Any]) -> Any:
+        """Read on every process before any of them goes on: loading may take all of them."""
+        states: list[Any] = []
+        agreement.step(lambda: states.append(action()))
+        return states[0]
+
     for index, model in enumerate(contents.models):
-        safe = source / f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors"
-        state = (
-            load_weights(safe) if safe.is_file() else _read(source / f"{_numbered(MODEL_NAME, index)}.bin")
-        )
+        if not any(model is wanted for wanted in models):
+            continue
+        state = read(functools.partial(_read_weights, source, index))
         try:
-            contents.strategy.load_model_state_dict(model, state)
+            load_model_state(strategy, model, state)
         except RuntimeError as error:
             raise CheckpointError(
                 f"the weights in {source} do not fit the model", reason=str(error)
             ) from error
-    model = contents.models[0] if contents.models else torch.nn.Module()
     for index, optimizer in enumerate(contents.optimizers):
-        state = _read(source / f"{_numbered(OPTIMIZER_NAME, index)}.bin")
-        contents.strategy.load_optimizer_state_dict(model, optimizer.optimizer, state)
+        state = read(functools.partial(_read, source / f"{_numbered(OPTIMIZER_NAME, index)}.bin"))
+        owner = _owner(contents.models, optimizer)
+        strategy.load_optimizer_state_dict(owner, optimizer.optimizer, state)
     for index, scheduler in enumerate(contents.schedulers):
         scheduler.load_state_dict(_read(source / f"{_numbered(SCHEDULER_NAME, index)}.bin"))
     for index, loader in enumerate(contents.loaders):
@@ -122,92 +165,115 @@ def load(contents: Contents, source: Path, *, strict: bool = True) -> dict[str, 
     states = source / f"{RNG_STATE_NAME}_{contents.runtime.topology.rank}.pkl"
     if states.is_file():  # a rank that the saving job did not have keeps its own random numbers
         set_rng_states(_read(states), contents.runtime)
-    return manifest
 
 
-def newest(folder: Path) -> Path:
-    """Return the newest complete checkpoint of a folder of numbered ones.
+@dataclass(slots=True)
+class _File:
+    """A file that this process will write."""
 
-    Raises:
-        CheckpointError: if there is none.
+    name: str
+    state: Any
+
+
+def _collect(contents: Contents, leader: bool, weights: list[dict[str, Any]], files: list[_File]) -> None:
+    """Collect all states, on every process alike, though the leader alone writes most of them.
+
+    A state that cannot be had is reported after the others have been collected: other processes take part in
+    those.
     """
-    complete = [path for path in numbered(folder) if (path / atomic.MANIFEST).is_file()]
-    if not complete:
-        raise CheckpointError(f"there is no complete checkpoint in {folder}", hint="save_state() writes one")
-    return complete[-1]
+    strategy = contents.strategy
+    problems: list[Exception] = []
 
+    def collect(name: str, thing: Any, state: Callable[[], Any], mine: bool = leader) -> None:
+        try:
+            value = state()
+            if mine and value is not None:
+                files.append(_File(name, plain(value, f"{type(thing).__name__} ({name})")))
+        except Exception as error:
+            problems.append(error)
 
-def numbered(folder: Path) -> list[Path]:
-    """Return the folders `checkpoint_0`, `checkpoint_1`, … in order of their numbers."""
-    found = {}
-    for path in folder.glob("checkpoint_*"):
-        match = re.fullmatch(r"checkpoint_(\d+)", path.name)
-        if match:
-            found[int(match[1])] = path
-    return [found[number] for number in sorted(found)]
-
-
-def make_room(folder: Path, limit: int) -> None:
-    """Delete the oldest numbered checkpoints until `limit` are left."""
-    found = numbered(folder)
-    for path in found[: max(0, len(found) - limit)]:
-        shutil.rmtree(path)
-
-
-def _together(doing: str, target: Path, action: Callable[[], Any]) -> list[Any]:
-    """Do something on every process, and fail on all of them if it fails on one; return what each returned."""
-    problem, value = "", None
-    try:
-        value = action()
-    except CheckpointError as error:
-        problem = str(error)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    results = exchange.gather_object([(problem, value)])
-    problems = [(rank, text) for rank, (text, _) in enumerate(results) if text]
+    for model in contents.models:
+        try:
+            weights.append(model_state(strategy, model))
+        except Exception as error:
+            problems.append(error)
+    for index, optimizer in enumerate(contents.optimizers):
+        inner, owner = optimizer.optimizer, _owner(contents.models, optimizer)
+        state = functools.partial(strategy.optimizer_state_dict, owner, inner)
+        collect(f"{_numbered(OPTIMIZER_NAME, index)}.bin", inner, state)
+    for index, scheduler in enumerate(contents.schedulers):
+        inner = getattr(scheduler, "scheduler", scheduler)
+        collect(f"{_numbered(SCHEDULER_NAME, index)}.bin", inner, scheduler.state_dict)
+    for index, loader in enumerate(contents.loaders):
+        collect(f"{_numbered(SAMPLER_NAME, index)}.bin", loader, functools.partial(_order, loader))
+    collect(SCALER_NAME, contents.precision, lambda: contents.precision.state_dict() or None)
+    for index, thing in enumerate(contents.custom):
+        collect(f"{CUSTOM_NAME}_{index}.pkl", thing, thing.state_dict)
+    runtime = contents.runtime
+    name = f"{RNG_STATE_NAME}_{runtime.topology.rank}.pkl"
+    collect(name, runtime, functools.partial(rng_states, runtime), mine=True)
     if problems:
-        raise CheckpointError(
-            f"the checkpoint {target} could not be saved",
-            found="; ".join(f"rank {rank} could not {doing}: {text}" for rank, text in problems),
-            reason="an older checkpoint of that name is still whole",
-        )
-    return [value for _, value in results]
+        raise problems[0]
 
 
 def _write(
-    contents: Contents, folder: Path, safe_serialization: bool, leader: bool
+    contents: Contents,
+    folder: Path,
+    safe_serialization: bool,
+    leader: bool,
+    hooks: Sequence[Callable[..., Any]],
+    weights: list[dict[str, Any]],
+    files: list[_File],
 ) -> dict[str, dict[str, Any]]:
-    """Write this process's files; return size and checksum of each by name."""
-    backend, strategy = contents.runtime.backend, contents.strategy
+    """Run the hooks and write this process's files; return size and checksum of each by name."""
+    collected = list(weights)
+    for hook in hooks:
+        hook(list(contents.models), weights, str(folder))
+    backend = contents.runtime.backend
+    save: Callable[[Any, Path], Any]
     with FolderWriter(folder) as writer:
-
-        def write(name: str, value: Any, save: Callable[[Any, Path], Any] = backend.save) -> None:
-            writer.write(name, functools.partial(save, value))
-
-        for index, model in enumerate(contents.models):
-            state = strategy.model_state_dict(model)
-            if leader and safe_serialization:
-                write(f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors", state, save_weights)
-            elif leader:
-                write(f"{_numbered(MODEL_NAME, index)}.bin", state)
-        model = contents.models[0] if contents.models else torch.nn.Module()
-        for index, optimizer in enumerate(contents.optimizers):
-            state = strategy.optimizer_state_dict(model, optimizer.optimizer)
-            if leader:
-                write(f"{_numbered(OPTIMIZER_NAME, index)}.bin", state)
-        write(f"{RNG_STATE_NAME}_{contents.runtime.topology.rank}.pkl", rng_states(contents.runtime))
-        if not leader:
-            return writer.files
-        for index, scheduler in enumerate(contents.schedulers):
-            write(f"{_numbered(SCHEDULER_NAME, index)}.bin", scheduler.state_dict())
-        for index, loader in enumerate(contents.loaders):
-            write(f"{_numbered(SAMPLER_NAME, index)}.bin", _order(loader))
-        scaler = contents.precision.state_dict()
-        if scaler:
-            write(SCALER_NAME, scaler)
-        for index, thing in enumerate(contents.custom):
-            write(f"{CUSTOM_NAME}_{index}.pkl", thing.state_dict())
+        for index, state in _places(collected, weights) if leader else ():
+            if safe_serialization:
+                name, save = f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors", save_weights
+            else:
+                name, save = f"{_numbered(MODEL_NAME, index)}.bin", backend.save
+                state = plain(state, f"the model ({name})")
+            writer.write(name, functools.partial(save, state))
+        for file in files:
+            writer.write(file.name, functools.partial(backend.save, file.state))
     return writer.files
+
+
+def _places(collected: list[Any], left: list[Any]) -> list[tuple[int, Any]]:
+    """Return what hooks left in the list of states, each with the number of its model.
+
+    A state that a hook put there itself takes the first free number.
+    """
+    own = {id(state): index for index, state in enumerate(collected)}
+    taken = {own[id(state)] for state in left if id(state) in own}
+    free = (index for index in itertools.count() if index not in taken)
+    return [(own[id(state)] if id(state) in own else next(free), state) for state in left]
+
+
+def _owner(models: Sequence[torch.nn.Module], optimizer: Any) -> torch.nn.Module:
+    """Return the model to which most of an optimizer's parameters belong."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    shares = [sum(id(parameter) in held for parameter in model.parameters()) for model in models]
+    return models[shares.index(max(shares))] if shares else torch.nn.Module()
+
+
+def _read_weights(source: Path, index: int) -> Any:
+    safe = source / f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors"
+    if safe.is_file():
+        return load_weights(safe)
+    path = source / f"{_numbered(MODEL_NAME, index)}.bin"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{source} has no weights of model {index}",
+            reason="a save hook took them out of its list of weights",
+            hint="register_load_state_pre_hook(hook), with a hook that loads them and takes the model out of its list",
+        )
+    return _read(path)
 
 
 def _read(path: Path) -> Any:

@@ -11,8 +11,36 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from torchport.errors import CheckpointError
+from torchport.plugin.strategy import Strategy
 
 _SHARED = "shared"
+_COMPILED = "_orig_mod."  # what `torch.compile(module)` puts before the names of the module's parameters
+
+
+def model_state(strategy: Strategy, model: torch.nn.Module) -> dict[str, Any]:
+    """Return the whole state of a prepared model, by the names of the model as it was before it was compiled.
+
+    Args:
+        strategy: The strategy that prepared it.
+        model: The prepared model. Call this on every process.
+    """
+    state = strategy.model_state_dict(model)
+    if not any(_COMPILED in name for name in state):
+        return state
+    return {_plain_name(name): value for name, value in state.items()}
+
+
+def load_model_state(strategy: Strategy, model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Load what `model_state` returned, into a model that is compiled or is not; call it on every process."""
+    inner = strategy.unwrap(model)
+    if any("_orig_mod" in module._modules for module in inner.modules()):
+        names = {_plain_name(name): name for name in inner.state_dict(keep_vars=True)}
+        state = {names.get(_plain_name(name), name): value for name, value in state.items()}
+    strategy.load_model_state_dict(model, state)
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(_COMPILED, "")
 
 
 def save_weights(state: dict[str, Any], path: Path) -> None:
