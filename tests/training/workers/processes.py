@@ -22,6 +22,7 @@ from torchport import (
     PartialState,
     ProjectConfiguration,
 )
+from torchport.checkpoint import atomic
 from torchport.errors import CheckpointError, OperationError
 from torchport.ops import exchange
 from torchport.state import AcceleratorState
@@ -37,6 +38,7 @@ from torchport.utils import (
 )
 
 Point = namedtuple("Point", "x y")
+_checksum = atomic.checksum
 
 
 def fresh(**settings) -> Accelerator:
@@ -382,6 +384,112 @@ def check_automatic_naming_keeps_the_newest(folder):
     assert kept == ["checkpoint_2", "checkpoint_3"]
     accelerator.load_state()
     assert project.iteration == 4
+
+
+def check_a_save_hook_that_fails_on_one_rank_fails_on_all(folder):
+    accelerator = fresh()
+    _prepared(accelerator)
+
+    def hook(models, weights, output_dir):
+        if accelerator.process_index == 0:
+            raise RuntimeError("hook failed")
+
+    accelerator.register_save_state_pre_hook(hook)
+    with pytest.raises(CheckpointError, match="rank 0 could not write: RuntimeError: hook failed"):
+        accelerator.save_state(folder / "hooked")
+    accelerator.wait_for_everyone()
+    assert not list(folder.glob("*hooked*"))
+
+
+def check_a_checkpoint_that_the_main_process_cannot_write_keeps_nobody_waiting(folder):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}  # no tensor: safetensors cannot hold it
+
+        def set_extra_state(self, state): ...
+
+    accelerator = fresh()
+    strategy = accelerator._contents.strategy
+    state_dict = strategy.model_state_dict
+
+    def collective(model):  # as a strategy does that gathers shards
+        accelerator.wait_for_everyone()
+        return state_dict(model)
+
+    strategy.model_state_dict = collective
+    accelerator.prepare(Extra(1, 1), nn.Linear(1, 1))
+    with pytest.raises(CheckpointError, match="values that are not tensors: _extra_state"):
+        accelerator.save_state(folder / "extra")
+    accelerator.wait_for_everyone()
+    assert not list(folder.glob("*extra*"))
+
+
+def check_foreign_files_are_refused_on_every_rank(folder):
+    accelerator = fresh()
+    _prepared(accelerator)
+    target = folder / "foreign"
+    target.mkdir(exist_ok=True)
+    (target / "notes.txt").write_text("precious")
+    accelerator.wait_for_everyone()
+    with pytest.raises(CheckpointError, match=r"files that are not of a checkpoint: notes\.txt\n"):
+        accelerator.save_state(target)
+    assert [path.name for path in target.iterdir()] == ["notes.txt"]
+
+
+def check_ranks_that_name_different_folders_are_told_so(folder):
+    accelerator = fresh()
+    _prepared(accelerator)
+    rank = accelerator.process_index
+    with pytest.raises(CheckpointError, match=r"rank 0: .*at-0, rank 1: .*at-1"):
+        accelerator.save_state(folder / f"at-{rank}")
+    assert not list(folder.glob("*at-*"))
+
+
+def check_damage_that_one_rank_finds_is_raised_on_all(folder):
+    accelerator = fresh()
+    model, _optimizer, _loader = _prepared(accelerator)
+    source = folder / "damaged"
+    accelerator.save_state(source)
+    accelerator.wait_for_everyone()
+    before = model.module.weight.detach().clone()
+    with torch.no_grad():
+        model.module.weight.add_(1)
+    if accelerator.is_main_process:
+        for name in ("model.safetensors", "random_states_1.pkl"):
+            data = bytearray((source / name).read_bytes())
+            data[-1] ^= 1
+            (source / name).write_bytes(data)
+    accelerator.wait_for_everyone()
+    checked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "checksum", lambda path: checked.append(path.name) or _checksum(path))
+        with pytest.raises(CheckpointError) as caught:
+            accelerator.load_state(source)
+    assert "model.safetensors" in caught.value.found
+    assert "random_states_1.pkl" in caught.value.found
+    assert len(set(gather_object([str(caught.value)]))) == 1
+    assert sorted(gather_object(checked)) == [
+        "model.safetensors", "optimizer.bin", "random_states_0.pkl", "random_states_1.pkl", "sampler.bin",
+    ]  # fmt: skip
+    assert torch.equal(model.module.weight, before + 1)
+
+
+def check_a_rank_that_cannot_load_its_part_is_waited_for_by_nobody(folder):
+    class Breaks:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            if PartialState().process_index == 1:
+                raise ValueError("not today")
+
+    accelerator = fresh()
+    _prepared(accelerator)
+    accelerator.register_for_checkpointing(Breaks())
+    accelerator.save_state(folder / "half")
+    with pytest.raises(CheckpointError, match="ValueError: not today"):
+        accelerator.load_state(folder / "half")
+    accelerator.wait_for_everyone()
 
 
 def main() -> None:
