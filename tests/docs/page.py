@@ -185,7 +185,9 @@ def _compare(expected: str, actual: str) -> None:
 def _environment() -> dict[str, str]:
     here = Path.cwd()
     site = here / ".site"
-    job = re.compile(r"TORCHPORT_|ACCELERATE_|PIP_|PYTHON|PYTEST_|.*RANK$|WORLD_SIZE$|LOCAL_WORLD_SIZE$|MASTER_")
+    job = re.compile(
+        r"TORCHPORT_|ACCELERATE_|PIP_|PYTHON|PYTEST_|.*RANK$|WORLD_SIZE$|LOCAL_WORLD_SIZE$|MASTER_"
+    )
     kept = {name: value for name, value in os.environ.items() if not job.match(name)}
     return {
         **kept,
