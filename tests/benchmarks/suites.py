@@ -25,12 +25,12 @@ DEADLINE = 300  # seconds for any one process
 
 def step(quick: bool) -> list[Result]:
     """The smallest useful loop in one process."""
-    return _steps(_worker("step", 200 if quick else 1000), "step", "Training step, 1 process", 1.03)
+    return _steps(_worker("step", 200 if quick else 600), "step", "Training step, 1 process", 1.03)
 
 
 def ddp(quick: bool) -> list[Result]:
     """The same over two processes."""
-    taken = _worker("step", 100 if quick else 800, processes=2)
+    taken = _worker("step", 100 if quick else 400, processes=2)
     return _steps(taken, "ddp", "Training step, 2 processes, DDP over gloo", 1.02)
 
 
