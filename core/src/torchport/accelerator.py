@@ -25,7 +25,7 @@ from torchport.config.kwargs import (
     first_of,
 )
 from torchport.data.loader import skip_first_batches
-from torchport.data.samplers import BatchSamplerShard
+from torchport.data.samplers import BatchSamplerShard, WholeBatchShard
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError
 from torchport.ops import exchange
@@ -379,8 +379,9 @@ class Accelerator(ProcessControl):
         """
         samplers = [
             s
-            for s in (getattr(x, "batch_sampler", None) for x in self._contents.loaders)
-            if isinstance(s, BatchSamplerShard)
+            for x in self._contents.loaders
+            for s in (getattr(x, "batch_sampler", None), getattr(x, "sampler", None))
+            if isinstance(s, (BatchSamplerShard, WholeBatchShard))
         ]
         before = [sampler.even_batches for sampler in samplers]
         for sampler in samplers if even_batches is not None else ():
@@ -405,8 +406,9 @@ class Accelerator(ProcessControl):
             input_data: Tensors (of one shape on all processes), or picklable objects.
             use_gather_object: Whether to gather tensors as objects, in a list.
         """
-        remainder = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else -1
-        return exchange.gather_for_metrics(input_data, remainder, as_objects=use_gather_object)
+        return exchange.gather_for_metrics(
+            input_data, self.gradient_state.remainder, as_objects=use_gather_object
+        )
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Reduce tensors over all processes; see `torchport.utils.reduce`."""
@@ -434,17 +436,20 @@ class Accelerator(ProcessControl):
     ) -> str:
         """Save everything prepared and registered; call it on every process.
 
-        The folder appears when it is complete, or not at all: a crash leaves the previous one whole.
+        The folder appears when it is complete, or not at all: a crash leaves the previous one whole. States are
+        tensors and plain values; NumPy's scalars become Python's, and its arrays tensors.
 
         Args:
-            output_dir: The folder; with automatic naming, leave it out.
+            output_dir: A folder of its own, the same on every process: new, empty, or an older checkpoint, which
+                is replaced as a whole. With automatic naming, leave it out.
             safe_serialization: Whether weights are written as safetensors.
 
         Returns:
             The folder.
 
         Raises:
-            CheckpointError: on every process, if any could not write its part.
+            CheckpointError: on every process, if any could not write its part, if a state could not be loaded
+                again, or if the folder holds anything else than a checkpoint.
         """
         return str(self._checkpoints.save(output_dir, safe_serialization, self.plan))
 
@@ -455,20 +460,45 @@ class Accelerator(ProcessControl):
             input_dir: The folder; with automatic naming, left out, the newest complete one.
 
         Raises:
-            CheckpointError: if it is incomplete, damaged, or was made of other objects.
+            CheckpointError: on every process, if it is incomplete, damaged, or was made of other objects, or if any
+                process could not load it.
         """
         self._checkpoints.load(input_dir)
 
     def register_for_checkpointing(self, *objects: Any) -> None:
-        """Save and load further objects, which have `state_dict` and `load_state_dict`."""
+        """Save and load further objects, which have `state_dict` and `load_state_dict`.
+
+        Args:
+            *objects: The objects. `state_dict` is called on every process, and the state of the main one is saved.
+
+        Raises:
+            ConfigurationError: if one lacks these methods.
+        """
         self._checkpoints.register(*objects)
 
     def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call `hook(models, weights, output_dir)` before each `save_state`."""
+        """Call a hook on every process in each `save_state`, before weights are written.
+
+        Args:
+            hook: Called as `hook(models, weights, output_dir)` with the prepared models, the list of their state
+                dicts, and the folder that is being written: files it writes there become part of the checkpoint.
+                States that it takes out of `weights` are not written.
+
+        Returns:
+            A handle whose `remove()` takes the hook out.
+        """
         return HookHandle(self._checkpoints.save_hooks, hook)
 
     def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call `hook(models, input_dir)` before each `load_state`."""
+        """Call a hook on every process in each `load_state`, after verification and before weights are loaded.
+
+        Args:
+            hook: Called as `hook(models, input_dir)` with a list of the prepared models and the checkpoint's folder.
+                Models that it takes out of the list are not loaded: it has loaded them itself.
+
+        Returns:
+            A handle whose `remove()` takes the hook out.
+        """
         return HookHandle(self._checkpoints.load_hooks, hook)
 
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:

@@ -51,11 +51,17 @@ class Agreement:
         return [value for _, value in outcomes]
 
     def _merged(self, problems: dict[int, CheckpointError], doing: str) -> CheckpointError:
-        if doing:
-            found = "; ".join(f"rank {rank} could not {doing}: {error}" for rank, error in problems.items())
-            return CheckpointError(self.failed, found=found, reason=self.reason)
+        """Return one error for the problems of all ranks."""
         errors = list({str(error): error for error in problems.values()}.values())
         first = errors[0]
+        if doing:
+            found = "; ".join(
+                f"rank {rank} could not {doing}: " + ": ".join(filter(None, (error.problem, error.found)))
+                for rank, error in problems.items()
+            )
+            return CheckpointError(
+                self.failed, found=found, reason=first.reason or self.reason, hint=first.hint
+            )
         same = [error.found for error in errors if error.problem == first.problem and error.found]
         return CheckpointError(
             first.problem, found="; ".join(dict.fromkeys(same)), reason=first.reason, hint=first.hint

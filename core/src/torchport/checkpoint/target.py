@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -45,9 +46,9 @@ def refuse_foreign(target: Path) -> None:
             hint="a folder of its own",
         )
     known = _listed(target)
-    foreign = sorted(name for name in _files(target) if name not in known)
+    foreign = list(itertools.islice((name for name in _files(target) if name not in known), _NAMED + 1))
     if foreign:
-        more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+        more = " and others" if len(foreign) > _NAMED else ""
         raise CheckpointError(
             f"a checkpoint cannot be put in place of {target}",
             found=f"files that are not of a checkpoint: {', '.join(foreign[:_NAMED])}{more}",
@@ -67,5 +68,5 @@ def _listed(folder: Path) -> set[str]:
 
 def _files(folder: Path) -> Iterator[str]:
     for place, _, names in os.walk(folder):
-        for name in names:
+        for name in sorted(names):
             yield (Path(place) / name).relative_to(folder).as_posix()
