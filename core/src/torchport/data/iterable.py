@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset
 
@@ -13,7 +13,10 @@ from torchport.errors import ConfigurationError
 class IterableDatasetShard(IterableDataset[Any]):
     """Takes turns over an iterable data set: in each round, process `r` takes the `r`-th batch of samples.
 
-    Every process iterates over the whole data set, so its order must be the same on all of them.
+    Every process iterates over the whole data set, so its order must be the same on all of them. A loader's
+    workers each take turns over what the data set gives in that worker, so a set that divides its samples over
+    workers (`torch.utils.data.get_worker_info`) gives each of them once; one that does not, repeats them, as it
+    does without sharing.
 
     Args:
         dataset: The data set.
@@ -23,6 +26,8 @@ class IterableDatasetShard(IterableDataset[Any]):
         process_index: Index of this process.
         split_batches: Whether `batch_size` is that of all processes together.
         even_batches: Whether to fill up the last round with samples from the beginning.
+        mark_last_round: Whether samples of a round that was filled up come as `LastRound`, which carries the
+            number of real ones out of a worker.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class IterableDatasetShard(IterableDataset[Any]):
         process_index: int = 0,
         split_batches: bool = False,
         even_batches: bool = True,
+        mark_last_round: bool = False,
     ) -> None:
         if split_batches and batch_size > 1 and batch_size % num_processes:
             raise ConfigurationError(
@@ -48,6 +54,7 @@ class IterableDatasetShard(IterableDataset[Any]):
         self.process_index = process_index
         self.split_batches = split_batches
         self.even_batches = even_batches
+        self.mark_last_round = mark_last_round
         self.remainder = -1
 
     @property
@@ -91,4 +98,20 @@ class IterableDatasetShard(IterableDataset[Any]):
                 first = first or list(pending)
                 while len(pending) < whole:
                     pending += first[: whole - len(pending)]
+                if self.mark_last_round:
+                    pending = [LastRound(sample, self.remainder) for sample in pending]
             yield from pending[start : start + share]
+
+
+class LastRound(NamedTuple):
+    """A sample of a round that was filled up, and how many samples of that round are real."""
+
+    sample: Any
+    real: int
+
+
+def collate_round(samples: list[Any], collate: Callable[[list[Any]], Any]) -> tuple[int, Any]:
+    """Make a batch, and say how many samples of its round, over all processes, are real; -1 if all are."""
+    if isinstance(samples[0], LastRound):
+        return samples[0].real, collate([marked.sample for marked in samples])
+    return -1, collate(samples)

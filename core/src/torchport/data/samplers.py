@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from torchport.errors import ConfigurationError
 
@@ -29,8 +38,8 @@ class SeedableRandomSampler(RandomSampler):
         if self.generator is None:
             self.generator = torch.Generator()
         self.generator.manual_seed((self.initial_seed + self.epoch) % 2**63)
+        self.epoch += 1  # now, so that an epoch that is broken off counts too
         yield from super().__iter__()
-        self.epoch += 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
@@ -78,7 +87,10 @@ class BatchSamplerShard(BatchSampler):
                 found=f"batches of {self.batch_size}",
                 hint=f"a batch size that is a multiple of {num_processes}, or split_batches=False",
             )
-        if self.batch_size is None and even_batches:
+        self._check_size()
+
+    def _check_size(self) -> None:
+        if self.batch_size is None and self.even_batches:
             raise ConfigurationError(
                 "even_batches fills up the last batches to the size of the others",
                 found="a batch sampler without a batch_size",
@@ -90,16 +102,33 @@ class BatchSamplerShard(BatchSampler):
         """Number of whole batches."""
         return len(self.batch_sampler)
 
+    @property
+    def length_is_exact(self) -> bool:
+        """Whether `len` is the number of batches, rather than what a user's sampler claims."""
+        if self.split_batches and not _takes_batches_of_a_sampler(self.batch_sampler):
+            return False  # parts of a batch of unknown size may be empty
+        return length_is_exact(self.batch_sampler)
+
     def __len__(self) -> int:
         total = len(self.batch_sampler)
         if self.split_batches:
-            return total
+            return total - self._misses_last_part(total)
         rounds, left = divmod(total, self.num_processes)
         if left == 0 or self.drop_last:
             return rounds
         return rounds + 1 if self.even_batches else rounds + (self.process_index < left)
 
+    def _misses_last_part(self, total: int) -> bool:
+        """Whether the last of `total` batches is too short to give this process a part."""
+        if self.even_batches or self.drop_last or not total or self.batch_size is None:
+            return False
+        if not _takes_batches_of_a_sampler(self.batch_sampler):
+            return False
+        last = len(self.batch_sampler.sampler) - (total - 1) * self.batch_size
+        return bool(-(-last // self.num_processes) * self.process_index >= last)
+
     def __iter__(self) -> Iterator[list[Any]]:
+        self._check_size()  # `even_batches` may have been overridden meanwhile
         self.remainder = -1
         return self._parts() if self.split_batches else self._turns()
 
@@ -109,49 +138,48 @@ class BatchSamplerShard(BatchSampler):
         for batch in self.batch_sampler:
             first = first or list(batch)
             whole = self.batch_size or len(batch)
-            if len(batch) < whole:
-                if self.drop_last:
-                    return
-                if self.even_batches:
-                    self.remainder = len(batch)
-                    batch = _fill(list(batch), first, whole)
-            part = (
-                -(-len(batch) // self.num_processes) if not self.even_batches else whole // self.num_processes
-            )
+            self.remainder = -1
+            if len(batch) < whole and self.even_batches:
+                self.remainder = len(batch)
+                batch = _fill(list(batch), first, whole)
+            part = -(-len(batch) // self.num_processes)
             share = batch[part * self.process_index : part * (self.process_index + 1)]
             if share:
                 yield share
 
     def _turns(self) -> Iterator[list[Any]]:
-        """Give whole batches to processes in turn, holding back a round until it is known to be full."""
+        """Give whole batches to processes in turn, holding back a turn until the next one begins."""
         size = self.batch_size
         seen: list[Any] = []  # the beginning, to fill up the end with
+        held: list[list[Any]] = []  # the last complete turn
         turn: list[list[Any]] = []
         for batch in self.batch_sampler:
             batch = list(batch)
             if size is not None and len(seen) < size * self.num_processes:
                 seen += batch
+            if held:
+                yield held[self.process_index]
+                held = []
             turn.append(batch)
-            if len(turn) == self.num_processes and (size is None or len(batch) == size):
-                yield turn[self.process_index]
-                turn = []
-        if not turn or self.drop_last:
+            if len(turn) == self.num_processes:
+                held, turn = turn, []
+        if not held and (not turn or self.drop_last):
             return
-        if not self.even_batches:
-            if self.process_index < len(turn):
-                yield turn[self.process_index]
+        last = held or turn
+        if not self.even_batches or (held and (self.drop_last or min(map(len, last)) >= size)):
+            if self.process_index < len(last):
+                yield last[self.process_index]
             return
-        assert size is not None
-        samples = [sample for batch in turn for sample in batch]
-        self.remainder = len(samples)
-        samples = _fill(samples, seen, size * self.num_processes)
-        yield samples[size * self.process_index : size * (self.process_index + 1)]
+        samples = [sample for batch in last for sample in batch]
+        share = max(size, -(-len(samples) // self.num_processes))
+        if len(samples) < share * self.num_processes:
+            self.remainder = len(samples)
+        samples = _fill(samples, seen, share * self.num_processes)
+        yield samples[share * self.process_index : share * (self.process_index + 1)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to samplers that take one."""
-        for sampler in (self.batch_sampler, getattr(self.batch_sampler, "sampler", None)):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        """Pass the epoch on to every sampler inside that takes one."""
+        set_epoch(self.batch_sampler, epoch)
 
 
 def _fill(samples: list[Any], beginning: list[Any], size: int) -> list[Any]:
@@ -160,6 +188,46 @@ def _fill(samples: list[Any], beginning: list[Any], size: int) -> list[Any]:
     if missing <= 0:
         return samples
     return samples + (beginning * (missing // len(beginning) + 1))[:missing]
+
+
+class WholeBatchShard(Sampler[Any]):
+    """The share of one process in the indices of a data set that gives a whole batch for each.
+
+    Args:
+        sampler: The sampler of indices.
+        num_processes: Number of processes.
+        process_index: Index of this process.
+        even_batches: Whether processes that would get nothing in the last round repeat its first batch;
+            `remainder` then tells how many batches of that round are not repeated.
+    """
+
+    def __init__(self, sampler: Any, num_processes: int, process_index: int, even_batches: bool) -> None:
+        self.sampler: Any = sampler
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.even_batches = even_batches
+        self.remainder = -1
+
+    @property
+    def length_is_exact(self) -> bool:
+        """Whether `len` is the number of batches, rather than what a user's sampler claims."""
+        return length_is_exact(self.sampler)
+
+    def __len__(self) -> int:
+        rounds, left = divmod(len(self.sampler), self.num_processes)
+        return rounds + (self.process_index < left or (self.even_batches and left > 0))
+
+    def __iter__(self) -> Iterator[Any]:
+        self.remainder = -1
+        turn: list[Any] = []
+        for index in self.sampler:
+            turn.append(index)
+            if len(turn) == self.num_processes:
+                yield turn[self.process_index]
+                turn = []
+        if self.process_index < len(turn) or (turn and self.even_batches):
+            self.remainder = len(turn) if self.even_batches else -1
+            yield turn[self.process_index if self.process_index < len(turn) else 0]
 
 
 class SkipBatchSampler(BatchSampler):
@@ -181,10 +249,63 @@ class SkipBatchSampler(BatchSampler):
         """As the wrapped sampler says."""
         return int(getattr(self.batch_sampler, "remainder", -1))
 
+    @property
+    def length_is_exact(self) -> bool:
+        """Whether `len` is the number of batches, rather than what a user's sampler claims."""
+        return length_is_exact(self.batch_sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to every sampler inside that takes one."""
+        set_epoch(self.batch_sampler, epoch)
+
     def __iter__(self) -> Iterator[list[Any]]:
-        for index, batch in enumerate(self.batch_sampler):
-            if index >= self.skip_batches:
-                yield batch
+        return itertools.islice(iter(self.batch_sampler), self.skip_batches, None)
 
     def __len__(self) -> int:
         return max(0, len(self.batch_sampler) - self.skip_batches)
+
+
+SHARES = (BatchSamplerShard, WholeBatchShard, SkipBatchSampler)
+"""The samplers that wrap a user's."""
+
+_EXACT = (
+    SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler, BatchSampler,
+    SeedableRandomSampler,
+)  # fmt: skip
+"""Samplers that are known to give as many items as they say."""
+
+
+def length_is_exact(sampler: Any) -> bool:
+    """Whether a sampler gives as many items as its `len` says; a user's own may do otherwise."""
+    if isinstance(sampler, SHARES):
+        return sampler.length_is_exact
+    kind = type(sampler)
+    if kind in (list, tuple, range):
+        return True
+    iterate, length = getattr(kind, "__iter__", None), getattr(kind, "__len__", None)
+    if not any(iterate is known.__iter__ and length is known.__len__ for known in _EXACT):
+        return False
+    return length_is_exact(sampler.sampler) if iterate is BatchSampler.__iter__ else True
+
+
+def _takes_batches_of_a_sampler(sampler: Any) -> bool:
+    """Whether every batch has the same size but the last, which has what is left of the sampler's samples."""
+    kind = type(sampler)
+    return getattr(kind, "__iter__", None) is BatchSampler.__iter__ and length_is_exact(sampler)
+
+
+def chain(sampler: Any) -> Iterator[Any]:
+    """Yield a sampler and those inside it, outermost first."""
+    seen: set[int] = set()
+    while sampler is not None and id(sampler) not in seen:
+        seen.add(id(sampler))
+        yield sampler
+        inner = getattr(sampler, "batch_sampler", None)
+        sampler = getattr(sampler, "sampler", None) if inner is None else inner
+
+
+def set_epoch(sampler: Any, epoch: int) -> None:
+    """Tell the epoch to a sampler and to every one inside it, each once, where it takes one."""
+    for holder in chain(sampler):
+        if hasattr(holder, "set_epoch") and not isinstance(holder, SHARES):
+            holder.set_epoch(epoch)

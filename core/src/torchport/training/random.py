@@ -90,6 +90,11 @@ def synchronize_rng_states(rng_types: Iterable[str], generator: torch.Generator 
 
 def rng_states(runtime: Runtime) -> dict[str, Any]:
     """Return the states of all generators of this process, as tensors and plain values."""
+    return host_rng_states() | {"device": runtime.backend.rng_state(runtime.device)}
+
+
+def host_rng_states() -> dict[str, Any]:
+    """Return the states of the generators of this process but the device's, as tensors and plain values."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     words_of_numpy = torch.from_numpy(np.asarray(keys, dtype=np.int64))
@@ -97,18 +102,22 @@ def rng_states(runtime: Runtime) -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [str(name), words_of_numpy, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "device": runtime.backend.rng_state(runtime.device),
     }  # fmt: skip
 
 
 def set_rng_states(states: dict[str, Any], runtime: Runtime) -> None:
     """Restore what `rng_states` returned."""
+    set_host_rng_states(states)
+    runtime.backend.set_rng_state(states["device"], runtime.device)
+
+
+def set_host_rng_states(states: dict[str, Any]) -> None:
+    """Restore what `host_rng_states` returned."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    runtime.backend.set_rng_state(states["device"], runtime.device)
 
 
 def _same(state: Any) -> Any:

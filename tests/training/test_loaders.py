@@ -1,0 +1,334 @@
+"""Loaders as one process sees them, and, with `workers/loaders.py`, as two processes share them out."""
+
+import ast
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torchport import Accelerator, DataLoaderConfiguration, skip_first_batches
+from torchport.data.loader import prepare_data_loader
+from torchport.data.samplers import BatchSamplerShard
+from torchport.errors import ConfigurationError
+from torchport.state import AcceleratorState
+
+NUMBERS = TensorDataset(torch.arange(12))
+SOURCE = Path(__file__).parent / "workers" / "loaders.py"
+CHECKS = [
+    node.name
+    for node in ast.parse(SOURCE.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
+]
+
+
+@pytest.fixture(autouse=True)
+def _end_of_run():
+    yield
+    AcceleratorState._reset_state()
+    gc.collect()  # ends workers that persist
+
+
+def fresh(**settings):
+    AcceleratorState._reset_state()
+    return Accelerator(**settings)
+
+
+def batches(loader):
+    return [batch.tolist() if isinstance(batch, torch.Tensor) else batch[0].tolist() for batch in loader]
+
+
+class Claiming(BatchSampler):
+    """Six batches, whatever it says."""
+
+    def __init__(self, claim):
+        super().__init__(SequentialSampler(NUMBERS), 2, False)
+        self.claim = claim
+
+    def __iter__(self):
+        return super().__iter__()
+
+    def __len__(self):
+        if self.claim is None:
+            raise TypeError("no length")
+        return self.claim
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("claim", [3, 6, 9, None])
+def test_the_last_batch_is_known_whatever_length_a_sampler_claims(claim, workers):
+    loader = fresh().prepare(DataLoader(NUMBERS, batch_sampler=Claiming(claim), num_workers=workers))
+    seen = [(batch.tolist(), loader.end_of_dataloader) for (batch,) in loader]
+    assert seen == [([i, i + 1], i == 10) for i in range(0, 12, 2)]
+    assert loader.batches_left == 0
+
+
+def test_windows_of_a_sampler_of_unknown_length_have_their_size():
+    accelerator = fresh(gradient_accumulation_steps=4)
+    weight = torch.nn.Linear(1, 1, bias=False)
+    model, loader = accelerator.prepare(weight, DataLoader(NUMBERS, batch_sampler=Claiming(2)))
+    gradients = []
+    for _ in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 1)).mean())
+            if accelerator.sync_gradients:
+                gradients.append(weight.weight.grad.item())
+                weight.weight.grad = None
+    assert gradients == [1.0, 1.0]
+
+
+def test_a_sampler_without_a_length_works_as_in_plain_pytorch():
+    class Endless(Sampler):
+        def __iter__(self):
+            return iter(range(4))
+
+    loader = fresh().prepare(DataLoader(NUMBERS, sampler=Endless(), batch_size=2))
+    assert batches(loader) == [[0, 1], [2, 3]]
+    with pytest.raises(TypeError):
+        len(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"shuffle": True},
+        lambda: {"shuffle": True, "generator": torch.Generator().manual_seed(4)},
+        lambda: {"sampler": SubsetRandomSampler(range(12))},
+        lambda: {"sampler": WeightedRandomSampler(torch.ones(12), 12, replacement=False)},
+        lambda: {"sampler": RandomSampler(NUMBERS, replacement=True)},
+    ],
+    ids=["shuffle", "generator", "subset", "weighted", "replacement"],
+)
+def test_one_process_keeps_the_order_and_the_draws_of_plain_pytorch(make, workers):
+    torch.manual_seed(3)
+    plain = DataLoader(NUMBERS, batch_size=2, num_workers=workers, **make())
+    expected = [batches(plain), batches(plain)]
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    prepared = fresh().prepare(DataLoader(NUMBERS, batch_size=2, num_workers=workers, **make()))
+    assert [batches(prepared), batches(prepared)] == expected
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_augmentation_draws_as_in_plain_pytorch_whatever_length_is_claimed():
+    class Noisy(Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return torch.rand(1)
+
+    def draws(loader):
+        torch.manual_seed(3)
+        return [(batch.flatten().tolist(), torch.rand(1).item()) for batch in loader]
+
+    plain = DataLoader(Noisy(), batch_sampler=Claiming(6))
+    assert draws(fresh().prepare(DataLoader(Noisy(), batch_sampler=Claiming(6)))) == draws(plain)
+
+
+class Shuffling(Sampler):
+    """A user's sampler that draws from PyTorch's global generator."""
+
+    def __len__(self):
+        return 12
+
+    def __iter__(self):
+        return iter(torch.randperm(12).tolist())
+
+
+class Unordered(IterableDataset):
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self):
+        yield from torch.randperm(12, generator=self.generator)
+
+
+ORDERS = {
+    "shuffle": (lambda seed: (NUMBERS, {"shuffle": True}), {}),
+    "workers": (lambda seed: (NUMBERS, {"shuffle": True, "num_workers": 1}), {}),
+    "persistent workers": (
+        lambda seed: (NUMBERS, {"shuffle": True, "num_workers": 1, "persistent_workers": True}),
+        {},
+    ),
+    "generator": (
+        lambda seed: (NUMBERS, {"shuffle": True, "generator": torch.Generator().manual_seed(seed)}),
+        {},
+    ),
+    "seedable": (
+        lambda seed: (NUMBERS, {"shuffle": True}),
+        {"use_seedable_sampler": True, "data_seed": 1},
+    ),
+    "own sampler": (lambda seed: (NUMBERS, {"sampler": Shuffling()}), {}),
+    "iterable": (lambda seed: (Unordered(seed), {}), {}),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_run_saved_amid_an_epoch_goes_on_with_the_batches_it_had_left(order, tmp_path):
+    make, configuration = ORDERS[order]
+
+    def loader(accelerator, seed):
+        dataset, settings = make(seed)
+        return accelerator.prepare(DataLoader(dataset, batch_size=2, **settings))
+
+    def run():
+        return fresh(dataloader_config=DataLoaderConfiguration(**configuration))
+
+    torch.manual_seed(5)
+    accelerator = run()
+    interrupted = loader(accelerator, 4)
+    batches(interrupted)
+    expected, draws = [], []
+    for number, batch in enumerate(interrupted):
+        expected.append(batches([batch])[0])
+        if number == 1:
+            accelerator.save_state(tmp_path / "state")
+        if number >= 2:
+            draws.append(torch.rand(1).item())
+    following = batches(interrupted)
+
+    torch.manual_seed(99)
+    accelerator = run()
+    resumed = loader(accelerator, 77)
+    accelerator.load_state(tmp_path / "state")
+    again, drawn = [], []
+    for batch in skip_first_batches(resumed, 2):
+        again.append(batches([batch])[0])
+        drawn.append(torch.rand(1).item())
+    assert again == expected[2:]
+    assert drawn == draws
+    assert batches(resumed) == following
+
+    accelerator = run()
+    resumed = loader(accelerator, 78)
+    accelerator.load_state(tmp_path / "state")
+    assert batches(resumed) == expected
+
+
+def test_a_run_saved_at_the_last_batch_goes_on_with_the_next_epoch(tmp_path):
+    accelerator = fresh()
+    generator = torch.Generator().manual_seed(1)
+    loader = accelerator.prepare(DataLoader(NUMBERS, batch_size=2, shuffle=True, generator=generator))
+    for _ in loader:
+        if loader.end_of_dataloader:
+            accelerator.save_state(tmp_path / "state")
+    following = batches(loader)
+    accelerator.load_state(tmp_path / "state")
+    assert batches(loader) == following
+
+
+def test_an_epoch_that_is_broken_off_counts_for_a_seedable_order():
+    configuration = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=3)
+    loader = fresh(dataloader_config=configuration).prepare(DataLoader(NUMBERS, batch_size=12, shuffle=True))
+    whole = [batches(loader)[0] for _ in range(3)]
+    loader.set_epoch(0)
+    broken = [next(iter(loader))[0].tolist() for _ in range(3)]
+    assert broken == whole
+    assert whole[0] != whole[1]
+
+
+def test_set_epoch_reaches_every_sampler_and_the_data_set_once():
+    told = []
+
+    class Telling:
+        def __init__(self, name):
+            self.name = name
+
+        def set_epoch(self, epoch):
+            told.append((self.name, epoch))
+
+    class Told(Telling, Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return index
+
+    class Drawn(Telling, Sampler):
+        def __iter__(self):
+            return iter(range(4))
+
+    class Batched(Telling, BatchSampler):
+        def __init__(self, name, sampler):
+            super().__init__(name)
+            self.sampler, self.batch_size, self.drop_last = sampler, 2, False
+
+    dataset = Told("data set")
+    plain = DataLoader(dataset, batch_sampler=Batched("batches", Drawn("samples")))
+    for processes in (1, 2):
+        share = prepare_data_loader(plain, num_processes=processes, process_index=0)
+        for loader in (share, skip_first_batches(share, 1)):
+            told.clear()
+            loader.set_epoch(7)
+            assert told == [("batches", 7), ("samples", 7), ("data set", 7)]
+
+
+def test_a_sampler_of_batches_over_a_subset_works_without_a_batch_size():
+    subset = Subset(NUMBERS, range(2, 10))
+    plain = DataLoader(subset, sampler=BatchSampler(SequentialSampler(subset), 3, False), batch_size=None)
+    expected = [[2, 3, 4], [5, 6, 7], [8, 9]]
+    assert batches(plain) == expected
+    assert batches(fresh().prepare(plain)) == expected
+    assert batches(skip_first_batches(plain, 1)) == expected[1:]
+
+
+def test_the_first_batches_of_a_loader_without_a_batch_size_can_be_skipped():
+    loader = skip_first_batches(DataLoader(NUMBERS, batch_size=None), 9)
+    assert [number.item() for (number,) in loader] == [9, 10, 11]
+    assert len(loader) == 3
+
+
+def test_batches_of_an_iterable_set_can_be_skipped_twice():
+    loader = skip_first_batches(skip_first_batches(DataLoader(Unordered(0), batch_size=2), 1), 2)
+    assert batches(loader) == batches(DataLoader(Unordered(0), batch_size=2))[3:]
+
+
+class Doubling(DataLoader):
+    def __iter__(self):
+        for (batch,) in super().__iter__():
+            yield (batch * 2,)
+
+
+def test_a_loader_keeps_its_own_iteration_in_one_process():
+    loader = fresh().prepare(Doubling(NUMBERS, batch_size=4))
+    seen = [(batch.tolist(), loader.end_of_dataloader) for (batch,) in loader]
+    assert seen == [([0, 2, 4, 6], False), ([8, 10, 12, 14], False), ([16, 18, 20, 22], True)]
+    assert batches(skip_first_batches(loader, 2)) == [[16, 18, 20, 22]]
+    assert batches(skip_first_batches(Doubling(NUMBERS, batch_size=4), 2)) == [[16, 18, 20, 22]]
+
+
+def test_a_loader_with_its_own_iteration_is_not_shared_out():
+    with pytest.raises(ConfigurationError, match=r"Doubling.__iter__"):
+        prepare_data_loader(Doubling(NUMBERS, batch_size=4), num_processes=2, process_index=0)
+
+
+def test_even_batches_cannot_be_asked_for_later_without_a_batch_size():
+    share = BatchSamplerShard([[0], [1, 2], [3]], 2, 0, even_batches=False)
+    share.even_batches = True
+    with pytest.raises(ConfigurationError, match="batch_size"):
+        iter(share)
+
+
+@pytest.fixture(scope="module")
+def outcomes(run_worker, launch):
+    return run_worker(launch(2), SOURCE.name)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_processes(outcomes, check):
+    assert [rank.get(check, "not reached") for rank in outcomes] == ["passed", "passed"]

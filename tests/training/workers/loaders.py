@@ -1,0 +1,221 @@
+"""Loaders that two processes share. Each `check_...` asserts; the outcome of each is written down."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+from torchport import Accelerator, DataLoaderConfiguration, PartialState, skip_first_batches
+from torchport.errors import ConfigurationError
+from torchport.state import AcceleratorState
+from torchport.utils import gather_object, set_seed
+
+NUMBERS = TensorDataset(torch.arange(10))
+
+
+def fresh(**settings) -> Accelerator:
+    AcceleratorState._reset_state()
+    return Accelerator(**settings)
+
+
+def seen(loader) -> list[int]:
+    """Return what all processes have seen."""
+    mine = []
+    for batch in loader:
+        mine += (batch if isinstance(batch, torch.Tensor) else batch[0]).flatten().tolist()
+    return gather_object(mine)
+
+
+def metrics(accelerator, loader) -> list[int]:
+    found = []
+    for batch in loader:
+        tensor = batch if isinstance(batch, torch.Tensor) else batch[0]
+        found += accelerator.gather_for_metrics(tensor).tolist()
+    return found
+
+
+def check_every_random_sampler_draws_one_order(folder):
+    accelerator = fresh()
+    for sampler in (
+        RandomSampler(NUMBERS),
+        SubsetRandomSampler(range(10)),
+        WeightedRandomSampler(torch.ones(10), 10, replacement=False),
+    ):
+        set_seed(1, device_specific=True)
+        loader = accelerator.prepare(DataLoader(NUMBERS, batch_size=1, sampler=sampler))
+        orders = [seen(loader), seen(loader)]
+        assert [sorted(order) for order in orders] == [list(range(10))] * 2, type(sampler)
+        assert orders[0] != orders[1]
+
+
+def check_generators_of_the_user_are_synchronized(folder):
+    accelerator = fresh(rng_types=[])
+    generator = torch.Generator().manual_seed(100 + accelerator.process_index)
+    loader = accelerator.prepare(DataLoader(NUMBERS, batch_size=1, shuffle=True, generator=generator))
+    assert loader.synchronized_generator is generator
+    assert sorted(seen(loader)) == list(range(10))
+
+
+class Unordered(IterableDataset):
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        yield from torch.randperm(10, generator=self.generator)
+
+
+def check_generators_of_iterable_sets_are_synchronized(folder):
+    accelerator = fresh()
+    for generator in (torch.Generator().manual_seed(100 + accelerator.process_index), None):
+        set_seed(1, device_specific=True)
+        loader = accelerator.prepare(DataLoader(Unordered(generator), batch_size=1))
+        assert [sorted(seen(loader)) for _ in range(2)] == [list(range(10))] * 2
+
+
+def check_a_seedable_order_takes_the_main_process_s_seed(folder):
+    accelerator = fresh(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    set_seed(1, device_specific=True)
+    loader = accelerator.prepare(DataLoader(NUMBERS, batch_size=1, shuffle=True))
+    assert sorted(seen(loader)) == list(range(10))
+
+
+def check_a_distributed_sampler_is_not_shared_out_again(folder):
+    accelerator = fresh()
+    loader = DataLoader(NUMBERS, sampler=DistributedSampler(NUMBERS))
+    with pytest.raises(ConfigurationError, match="leave the DistributedSampler out"):
+        accelerator.prepare(loader)
+
+
+class Whole(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.arange(4) + 4 * index
+
+
+def check_whole_batches_are_counted_by_samples(folder):
+    accelerator = fresh()
+    assert metrics(accelerator, accelerator.prepare(DataLoader(Whole(), batch_size=None))) == list(range(12))
+    listed = BatchSampler(RandomSampler(NUMBERS), 4, False)
+    loader = accelerator.prepare(DataLoader(NUMBERS, sampler=listed, batch_size=None))
+    assert sorted(metrics(accelerator, loader)) == list(range(10))
+    uneven = fresh(dataloader_config=DataLoaderConfiguration(even_batches=False))
+    loader = uneven.prepare(DataLoader(Whole(), batch_size=None))
+    assert len(loader) == len(list(loader)) == (2 if uneven.process_index == 0 else 1)
+
+
+class Divided(IterableDataset):
+    """Divides its samples over the workers, as PyTorch's documentation shows."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        yield from torch.arange(11) if info is None else torch.arange(info.id, 11, info.num_workers)
+
+
+def check_workers_of_iterable_sets_give_each_sample_once(folder):
+    accelerator = fresh()
+    for workers, size in ((0, 2), (1, 2), (2, 2), (2, 1), (2, 3)):
+        loader = accelerator.prepare(DataLoader(Divided(), batch_size=size, num_workers=workers))
+        assert sorted(metrics(accelerator, loader)) == list(range(11)), (workers, size)
+        assert loader.total_batch_size == 2 * size
+
+
+class Bucketed:
+    """Batches of two, but for the second."""
+
+    batch_size, drop_last = 2, False
+    batches = ([0, 1], [2], [3, 4], [5, 6], [7, 8], [9])
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def check_a_short_batch_amid_an_epoch_ends_nothing(folder):
+    accelerator = fresh()
+    loader = accelerator.prepare(DataLoader(NUMBERS, batch_sampler=Bucketed()))
+    mine = [batch.tolist() for (batch,) in loader]
+    assert mine == ([[0, 1], [3, 4], [7, 8]] if accelerator.process_index == 0 else [[2], [5, 6], [9, 0]])
+    assert loader.end_of_dataloader
+    assert loader.remainder == 3
+
+
+def check_a_split_loader_knows_its_uneven_length(folder):
+    configuration = DataLoaderConfiguration(split_batches=True, even_batches=False)
+    accelerator = fresh(dataloader_config=configuration)
+    loader = accelerator.prepare(DataLoader(TensorDataset(torch.arange(5)), batch_size=4))
+    mine = [(batch.tolist(), loader.end_of_dataloader) for (batch,) in loader]
+    assert len(loader) == len(mine)
+    assert mine == ([([0, 1], False), ([4], True)] if accelerator.process_index == 0 else [([2, 3], True)])
+
+
+def check_a_run_saved_amid_an_epoch_goes_on(folder):
+    numbers = TensorDataset(torch.arange(24))
+
+    def prepared(seed):
+        accelerator = fresh()
+        set_seed(seed, device_specific=True)
+        return accelerator, accelerator.prepare(DataLoader(numbers, batch_size=2, shuffle=True))
+
+    accelerator, loader = prepared(1)
+    expected = []
+    for number, (batch,) in enumerate(loader):
+        expected.append(batch.tolist())
+        if number == 1:
+            accelerator.save_state(folder / "amid")
+    following = seen(loader)
+    accelerator, loader = prepared(50)
+    accelerator.load_state(folder / "amid")
+    assert [batch.tolist() for (batch,) in skip_first_batches(loader, 2)] == expected[2:]
+    assert seen(loader) == following
+
+
+def check_joining_cannot_fill_up_batches_without_a_size(folder):
+    accelerator = fresh(dataloader_config=DataLoaderConfiguration(even_batches=False))
+    model, loader = accelerator.prepare(
+        torch.nn.Linear(1, 1), DataLoader(NUMBERS, batch_sampler=[[0], [1, 2], [3]])
+    )
+    with (
+        pytest.raises(ConfigurationError, match="batch_size"),
+        accelerator.join_uneven_inputs([model], even_batches=True),
+    ):
+        iter(loader.batch_sampler)
+    assert loader.batch_sampler.even_batches is False
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    outcomes = {}
+    for name, check in sorted(globals().items()):
+        if not name.startswith("check_"):
+            continue
+        try:
+            check(folder)
+            outcomes[name] = "passed"
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+            break  # the processes may be out of step now
+    state = PartialState()
+    (folder / f"rank{state.process_index}.json").write_text(json.dumps(outcomes))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
