@@ -320,25 +320,8 @@ def counts(contents: Contents) -> dict[str, int]:
 
 def _order(loader: Any) -> dict[str, Any]:
     """Return the state of a loader's order: its generator and epoch."""
-    sampler, generator = _sampler(loader), loader.synchronized_generator
-    return {
-        "generator": None if generator is None else generator.get_state(),
-        "epoch": getattr(sampler, "epoch", None),
-        "initial_seed": getattr(sampler, "initial_seed", None),
-    }
+    return loader.order_state()  # type: ignore[no-any-return]
 
 
 def _load_order(loader: Any, state: dict[str, Any]) -> None:
-    sampler = _sampler(loader)
-    if state["generator"] is not None and loader.synchronized_generator is not None:
-        loader.synchronized_generator.set_state(state["generator"])
-    for name in ("epoch", "initial_seed"):
-        if state[name] is not None and hasattr(sampler, name):
-            setattr(sampler, name, state[name])
-
-
-def _sampler(loader: Any) -> Any:
-    batches = loader.batch_sampler
-    while hasattr(batches, "batch_sampler"):
-        batches = batches.batch_sampler
-    return getattr(batches, "sampler", None)
+    loader.load_order_state(state)
