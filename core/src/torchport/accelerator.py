@@ -16,7 +16,7 @@ from torchport import envvars
 from torchport.aliases import resolve_keywords, translate_environment
 from torchport.checkpoint.project import Checkpoints, HookHandle
 from torchport.checkpoint.state import Contents
-from torchport.checkpoint.weights import save_weights
+from torchport.checkpoint.weights import model_state, save_weights
 from torchport.config.kwargs import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
@@ -503,7 +503,7 @@ class Accelerator(ProcessControl):
 
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """Return the whole state of a prepared model; call it on every process."""
-        return self._contents.strategy.model_state_dict(model) if unwrap else model.state_dict()
+        return model_state(self._contents.strategy, model) if unwrap else model.state_dict()
 
     def save(self, obj: Any, f: str | os.PathLike[str], safe_serialization: bool = False) -> None:
         """Write an object on the main process, with `torch.save` or (tensors by name) as safetensors."""
