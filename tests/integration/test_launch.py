@@ -113,6 +113,13 @@ def test_each_line_is_prefixed_once_with_its_rank(launches):
     ]
 
 
+def test_very_long_lines_pass_whole(launches):
+    launches.write("long.py", "import os; print('x' * 3_000_000 if os.environ['RANK'] == '1' else 'short')")
+    finished = launches.run("--num-processes", "2", "--no-log-prefix", "long.py")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("x") == 3_000_000
+
+
 def test_progress_bars_and_prompts_are_shown_before_their_line_ends(launches):
     launches.write("bar.py", """
         import os, sys

@@ -380,6 +380,12 @@ def test_the_process_group_meets_where_the_launcher_says():
         Accelerator(kwargs_handlers=[InitProcessGroupKwargs(init_method="tcp://10.0.0.1:1")])
 
 
+def test_the_backend_of_the_process_group_chooses_the_collectives():
+    handler = InitProcessGroupKwargs(backend="nccl")
+    with pytest.raises(UnknownPluginError, match="collectives 'nccl'"):
+        Accelerator(strategy="ddp", kwargs_handlers=[handler])
+
+
 def test_single_refuses_a_job_of_two_processes(monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))

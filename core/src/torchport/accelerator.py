@@ -20,6 +20,7 @@ from torchport.checkpoint.weights import model_state, save_weights
 from torchport.config.kwargs import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     ProfileKwargs,
     ProjectConfiguration,
     first_of,
@@ -94,6 +95,7 @@ class Accelerator(ProcessControl):
     ) -> None:
         slots = {"backend": backend, "strategy": strategy, "precision": precision, "collectives": collectives}
         handlers = tuple(kwargs_handlers or ())
+        slots["collectives"] = collectives or first_of(handlers, InitProcessGroupKwargs).backend
         arguments = resolve_keywords(aliases, slots, known=_PARAMETERS)
         self._runtime = Runtime.open(Request(arguments=arguments, asked_by="Accelerator", handlers=handlers))
         self._runtime.check_handlers(handlers)

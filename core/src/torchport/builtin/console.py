@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 STDOUT, STDERR = 1, 2
 
-_SEGMENT = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r(?=.))", re.DOTALL)
-"""A line, or what a progress bar will overwrite. A carriage return at the very end waits for what follows."""
+_END = re.compile(rb"\r\n|\n|\r(?=.)", re.DOTALL)
+"""The end of a line, or of what a progress bar overwrites; a carriage return at the very end waits for what follows."""
 
 _TRACEBACK = re.compile(
     rb"(?:\[rank\d+\]: ?)?[ +|]*(?:Exception Group )?Traceback \(most recent call last\):"
@@ -125,9 +125,9 @@ class RankStream:
         if not self._shown and self.descriptor == STDOUT:
             return
         text, end = self._partial + data, 0
-        for match in _SEGMENT.finditer(text):
-            self._take(match.group())
-            end = match.end()
+        for match in _END.finditer(text):
+            start, end = end, match.end()
+            self._take(text[start:end])
         self._partial = text[end:]
         if len(self._partial) > _LONGEST:
             self.flush_partial()
