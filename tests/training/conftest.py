@@ -2,14 +2,25 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 WORKERS = Path(__file__).parent / "workers"
 BIN = Path(sys.executable).parent
+TIMEOUT = 240.0
+
+
+def _stacks(process: subprocess.Popen) -> str:
+    """End a job that hangs: each Python process of it prints its stacks when it is aborted."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(signal.SIGABRT)
+    output, _ = process.communicate(timeout=30)
+    return output
 
 
 @pytest.fixture(scope="session")
@@ -18,15 +29,18 @@ def run_worker(tmp_path_factory):
 
     def run(command: list[str], worker: str, *args: str, environ: dict[str, str] | None = None) -> list[dict]:
         folder = tmp_path_factory.mktemp(worker.removesuffix(".py"))
-        finished = subprocess.run(
+        process = subprocess.Popen(
             [*command, str(WORKERS / worker), str(folder), *args],
-            env={**os.environ, "PYTHONWARNINGS": "ignore", **(environ or {})},
-            capture_output=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1", **(environ or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=240,
-            check=False,
         )
-        assert finished.returncode == 0, finished.stdout + finished.stderr
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            output = f"hung for {TIMEOUT} seconds; where each process was:\n{_stacks(process)}"
+        assert process.returncode == 0, output
         return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
     return run

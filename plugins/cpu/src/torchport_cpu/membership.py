@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torchport.errors import ConfigurationError
@@ -11,6 +12,12 @@ from torchport.plugin import Topology
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+_SETTLE = 0.01
+"""Seconds in which the threads of a group that is left may free the tensors of their last operations."""
+
+_left: Any = None
+"""The group that was left last. See `_let_go`."""
 
 
 class Membership:
@@ -47,7 +54,9 @@ class Membership:
     def leave(self) -> None:
         """Destroy the default group if `join` initialised it and nobody has destroyed it since."""
         if self.owned and dist.is_initialized():
+            group = dist.group.WORLD
             dist.destroy_process_group()
+            _let_go(group)
         self.owned = False
 
     def _check_existing(self) -> None:
@@ -68,3 +77,16 @@ class Membership:
                 found=found,
                 hint=hint,
             )
+
+
+def _let_go(group: Any) -> None:
+    """Give a group up without running its destructor while one of its threads waits for the interpreter.
+
+    A thread of gloo frees the tensors of the operation it has just ended under the group's lock, and needs the
+    interpreter for those that Python has seen. The group's destructor takes that lock and holds the interpreter: if
+    the group goes first, both wait for ever. So the threads get time without the interpreter, and the group lives
+    on until the next one is left: references to it elsewhere, as in `DistributedDataParallel`, may go at any time.
+    """
+    global _left
+    _left = group
+    time.sleep(_SETTLE)
