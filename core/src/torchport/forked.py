@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -186,6 +187,50 @@ class ForkedWorkers:
                 worker.reap()
 
 
+class WholeLines(io.TextIOBase):
+    """A stream that hands text on line by line, so that the lines of several processes do not mix.
+
+    `print` writes a line and its end separately, and what a notebook puts in place of the standard streams sends
+    each as it comes. Text without an end of line waits for one, or for `flush`, as progress bars call it.
+
+    Args:
+        stream: Where the lines go.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._rest = stream, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def writable(self) -> bool:
+        """Return `True`."""
+        return True
+
+    def isatty(self) -> bool:
+        """Whether somebody watches the stream below."""
+        return bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        """The descriptor of the stream below."""
+        return int(self._stream.fileno())
+
+    def write(self, text: str) -> int:
+        """Hand on all whole lines, and keep the rest."""
+        lines, end, rest = (self._rest + text).rpartition("\n")
+        self._rest = rest
+        if end:
+            self._stream.write(lines + end)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what there is."""
+        if self._rest:
+            self._stream.write(self._rest)
+            self._rest = ""
+        self._stream.flush()
+
+
 def _work(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -202,6 +247,7 @@ def _work(
     os.environ.clear()
     os.environ.update(environ)
     enter_worker()
+    sys.stdout, sys.stderr = WholeLines(sys.stdout), WholeLines(sys.stderr)
     try:
         function(*args)
     except SystemExit as end:
@@ -211,6 +257,9 @@ def _work(
     except BaseException as error:
         _report(pipe, error, "".join(traceback.format_exception_only(type(error), error)).splitlines()[0])
         sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
     if Runtime.current is not None:
         Runtime.current.close()
 
