@@ -65,7 +65,16 @@ def launch_settings() -> str:
 
 
 def _settings(settings: Iterable[schema.Setting]) -> str:
-    rows = [(_flags(item), code(item.yaml), code(item.env), _default(item), item.help) for item in settings]
+    rows = [
+        (
+            ", ".join([_flags(item), *(code(f"--{name}") for name in item.flags[1:])]),
+            ", ".join(map(code, item.keys)) or "-",
+            code(item.env),
+            _default(item),
+            item.help,
+        )
+        for item in settings
+    ]
     return table(("flag", "YAML key", "variable", "default", "what it does"), rows)
 
 

@@ -97,6 +97,7 @@ class Preparation:
                 [objects[i] for i in models],
                 [objects[i] for i in optimizers],
                 [self._place(placement[i]) for i in models],
+                objects=objects,
             )
             for i, model in zip(models, wrapped_models, strict=True):
                 result[i] = model
@@ -116,6 +117,7 @@ class Preparation:
         places: Sequence[bool],
         *,
         evaluation_only: bool = False,
+        objects: Sequence[Any] = (),
     ) -> tuple[Sequence[torch.nn.Module], Sequence[AcceleratedOptimizer]]:
         """Let the strategy prepare models and optimizers, and take over its callables."""
         precision = self.context.precision
@@ -126,6 +128,7 @@ class Preparation:
                 context=self.context,
                 device_placement=tuple(places),
                 evaluation_only=evaluation_only,
+                objects=tuple(objects),
             )
         )
         wrapped = [AcceleratedOptimizer(one, prepared, self.gradients) for one in prepared.optimizers]
@@ -156,7 +159,8 @@ class Preparation:
                 "a scheduler steps when its optimizer does, and no optimizer is prepared",
                 hint="prepare the optimizer before it or in the same call, or step_scheduler_with_optimizer=False",
             )
-        optimizers, processes = self.contents.optimizers, self.context.topology.world_size
+        optimizers = self.contents.optimizers
+        _, processes = self.contents.strategy.data_share(self.context.topology)
         steps = 1 if self.loaders.split_batches else processes
         wrapped = AcceleratedScheduler(
             scheduler,
@@ -184,8 +188,11 @@ class Preparation:
         """Prepare a loader."""
         if any(loader is known for known in self.contents.loaders):
             return loader
+        index, count = self.contents.strategy.data_share(self.context.topology)
         share = prepare_data_loader(
             loader,
+            num_processes=count,
+            process_index=index,
             put_on_device=self._place(place),
             rng_types=self.rng_types,
             split_batches=self.loaders.split_batches,

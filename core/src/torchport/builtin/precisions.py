@@ -31,6 +31,11 @@ class Autocast(Precision):
 
     dtype: torch.dtype
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of autocast."""
+        return self.dtype
+
     def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
         """Bind the model's `forward` to the autocast context."""
         forward: Callable[..., Any] = model.forward

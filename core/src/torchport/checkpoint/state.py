@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from torchport.checkpoint import atomic
+from torchport.checkpoint import atomic, shards
 from torchport.checkpoint.agreement import Agreement
 from torchport.checkpoint.plain import plain
 from torchport.checkpoint.weights import load_model_state, load_weights, model_state, save_weights
@@ -84,6 +84,9 @@ def save(
         written = agreement.step(
             lambda: _write(contents, folder, safe_serialization, leader, hooks, weights, files), "write"
         )
+        if contents.strategy.shards:
+            facts = {**facts, "shards": contents.strategy.shards}
+            written += agreement.step(lambda: _write_shards(contents, folder, agreement))
         own = written[contents.runtime.topology.rank]  # without a shared disk, names may be those of others
         known = {name: described for listed in (*written, own) for name, described in listed.items()}
         agreement.step(lambda: atomic.publish(folder, target, facts, known) if leader else None, "complete")
@@ -127,12 +130,22 @@ def load(
             hook(models, str(source))
 
     agreement.step(prepare, "run its load hooks")
-    agreement.step(lambda: _restore(contents, source, agreement, models))
+    written = str(manifests[0].get("shards", ""))
+    agreement.step(lambda: _restore(contents, source, agreement, models, written))
     return manifests[0]
 
 
-def _restore(contents: Contents, source: Path, agreement: Agreement, models: list[torch.nn.Module]) -> None:
+def _restore(
+    contents: Contents, source: Path, agreement: Agreement, models: list[torch.nn.Module], written: str
+) -> None:
     strategy = contents.strategy
+    wanted = {i: model for i, model in enumerate(contents.models) if any(model is one for one in models)}
+    optimizers = dict(enumerate(contents.optimizers))
+    owners = {index: _owner(contents.models, optimizer) for index, optimizer in optimizers.items()}
+    if written:
+        inner = {index: optimizer.optimizer for index, optimizer in optimizers.items()}
+        shards.load(strategy, wanted, inner, owners, source, written)
+        wanted, optimizers = {}, {}
 
     def read(action: Callable[[], Any]) -> Any:
         """Read on every process before any of them goes on: loading may take all of them."""
@@ -140,9 +153,7 @@ def _restore(contents: Contents, source: Path, agreement: Agreement, models: lis
         agreement.step(lambda: states.append(action()))
         return states[0]
 
-    for index, model in enumerate(contents.models):
-        if not any(model is wanted for wanted in models):
-            continue
+    for index, model in wanted.items():
         state = read(functools.partial(_read_weights, source, index))
         try:
             load_model_state(strategy, model, state)
@@ -150,10 +161,9 @@ def _restore(contents: Contents, source: Path, agreement: Agreement, models: lis
             raise CheckpointError(
                 f"the weights in {source} do not fit the model", reason=str(error)
             ) from error
-    for index, optimizer in enumerate(contents.optimizers):
+    for index, optimizer in optimizers.items():
         state = read(functools.partial(_read, source / f"{_numbered(OPTIMIZER_NAME, index)}.bin"))
-        owner = _owner(contents.models, optimizer)
-        strategy.load_optimizer_state_dict(owner, optimizer.optimizer, state)
+        strategy.load_optimizer_state_dict(owners[index], optimizer.optimizer, state)
     for index, scheduler in enumerate(contents.schedulers):
         scheduler.load_state_dict(_read(source / f"{_numbered(SCHEDULER_NAME, index)}.bin"))
     for index, loader in enumerate(contents.loaders):
@@ -192,12 +202,12 @@ def _collect(contents: Contents, leader: bool, weights: list[dict[str, Any]], fi
         except Exception as error:
             problems.append(error)
 
-    for model in contents.models:
+    for model in () if strategy.shards else contents.models:
         try:
             weights.append(model_state(strategy, model))
         except Exception as error:
             problems.append(error)
-    for index, optimizer in enumerate(contents.optimizers):
+    for index, optimizer in () if strategy.shards else enumerate(contents.optimizers):
         inner, owner = optimizer.optimizer, _owner(contents.models, optimizer)
         state = functools.partial(strategy.optimizer_state_dict, owner, inner)
         collect(f"{_numbered(OPTIMIZER_NAME, index)}.bin", inner, state)
@@ -214,6 +224,12 @@ def _collect(contents: Contents, leader: bool, weights: list[dict[str, Any]], fi
     collect(name, runtime, functools.partial(rng_states, runtime), mine=True)
     if problems:
         raise problems[0]
+
+
+def _write_shards(contents: Contents, folder: Path, agreement: Agreement) -> dict[str, dict[str, Any]]:
+    models = dict(enumerate(contents.models))
+    optimizers = {index: optimizer.optimizer for index, optimizer in enumerate(contents.optimizers)}
+    return shards.save(contents.strategy, models, optimizers, folder, agreement, contents.runtime.topology)
 
 
 def _write(

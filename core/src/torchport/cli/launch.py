@@ -131,7 +131,7 @@ class LaunchCommand(click.Command):
             rows = []
             for flag, item in plugin.by_flag.items():
                 option = (self._plugin_options or {}).get(flag)
-                if option is None or flag in shown:
+                if option is None or flag in shown or flag != item.flag:  # or an older name of it
                     continue
                 option.hidden = False  # hidden from the core's own list only
                 record = option.get_help_record(ctx)
@@ -183,7 +183,7 @@ class LaunchCommand(click.Command):
         for plugin in self.plugins:
             for flag, item in plugin.by_flag.items():
                 if flag not in known and flag not in self._plugin_options:
-                    named = replace(item, name=f"plugin_{flag.replace('-', '_')}", short="")
+                    named = replace(item, flag=flag, name=f"plugin_{flag.replace('-', '_')}", short="")
                     self._plugin_options[flag] = _option(named, hidden=True)
 
 

@@ -37,13 +37,16 @@ class PluginSettings:
     def by_flag(self) -> dict[str, Setting]:
         """Its settings by flag."""
         return {
-            item.flag: item for item in schema.settings_of(self.config) if item.flag and self.reaches(item)
+            flag: item
+            for item in schema.settings_of(self.config)
+            if self.reaches(item)
+            for flag in item.flags
         }
 
     @property
     def by_key(self) -> dict[str, Setting]:
         """Its settings by YAML key."""
-        return {item.yaml: item for item in schema.settings_of(self.config) if item.yaml}
+        return {key: item for item in schema.settings_of(self.config) for key in item.keys}
 
     def reaches(self, item: Setting) -> bool:
         """Whether a setting can get from the launch to its reader: by a variable, or the launch reads it."""

@@ -36,6 +36,7 @@ def setting(
     short: str = "",
     yaml: str | None = None,
     env: str | None = None,
+    aliases: Iterable[str] = (),
 ) -> Any:
     """Declare a field of a configuration dataclass.
 
@@ -48,10 +49,12 @@ def setting(
         short: One-letter flag.
         yaml: Key in YAML files; `""` for none; `None` derives it.
         env: Environment variable; `""` for none; `None` derives it (with a prefix) or means none.
+        aliases: Older names of flag and key, with `_`.
     """
     metadata = {
         _METADATA: {
             "help": help, "choices": tuple(choices), "flag": flag, "short": short, "yaml": yaml, "env": env,
+            "aliases": tuple(aliases),
         }
     }  # fmt: skip
     if default_factory is not dataclasses.MISSING:
@@ -74,6 +77,17 @@ class Setting:
     short: str
     yaml: str
     env: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The names of its flag, without dashes; the first is the one to show."""
+        return (self.flag, *(name.replace("_", "-") for name in self.aliases)) if self.flag else ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its YAML key; the first is the one to show."""
+        return (self.yaml, *self.aliases) if self.yaml else ()
 
     @property
     def is_flag(self) -> bool:
@@ -126,6 +140,7 @@ def settings_of(config: type) -> tuple[Setting, ...]:
                 short=metadata["short"],
                 yaml=stem if yaml is None else yaml,
                 env=(stem.upper() if prefix else "") if env is None else env,
+                aliases=metadata["aliases"],
             )
         )
     return tuple(found)
@@ -143,8 +158,8 @@ def from_mapping(config: type, values: Mapping[str, Any], where: str) -> dict[st
     Raises:
         ConfigurationError: for an unknown key (with the nearest known one) or a value of the wrong type.
     """
-    known = {item.yaml: item for item in settings_of(config) if item.yaml}
-    read = {}
+    known = {key: item for item in settings_of(config) for key in item.keys}
+    read: dict[str, Any] = {}
     for key, value in values.items():
         item = known.get(key)
         if item is None:
@@ -152,7 +167,14 @@ def from_mapping(config: type, values: Mapping[str, Any], where: str) -> dict[st
                 f"{where}: unknown key {key!r}",
                 hint=suggest(key, known) or f"one of {', '.join(sorted(known))}",
             )
-        read[item.name] = item.coerce(value, f"{where}: {key}")
+        converted = item.coerce(value, f"{where}: {key}")
+        if read.get(item.name, converted) != converted:
+            raise ConfigurationError(
+                f"{where}: {' and '.join(key for key in values if known.get(key) is item)} are one setting",
+                found="different values",
+                hint="leave out one of them",
+            )
+        read[item.name] = converted
     return read
 
 
@@ -238,6 +260,10 @@ def _convert_one(value: Any, kind: Any) -> Any:
         for member in kind:
             if str(text).lower() in (str(member.value).lower(), member.name.lower()):
                 return member
+        try:
+            return kind(text)  # a number that the class takes for one of its members
+        except ValueError:
+            return dataclasses.MISSING
     return value if isinstance(kind, type) and isinstance(value, kind) else dataclasses.MISSING
 
 

@@ -27,6 +27,8 @@ def bind_step(
     clip_grad_norm: Callable[
         [Iterable[torch.Tensor], float, float], torch.Tensor
     ] = torch.nn.utils.clip_grad_norm_,
+    clip_grad_value: Callable[[Iterable[torch.Tensor], float], None] = torch.nn.utils.clip_grad_value_,
+    local: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Prepared:
     """Bind a step for a strategy whose models are ordinary modules.
 
@@ -36,6 +38,8 @@ def bind_step(
         optimizers: The wrapped optimizers; by default those of the request.
         no_sync: A context in which a model's gradients stay local.
         clip_grad_norm: Clips by total norm, where the norm needs communication.
+        clip_grad_value: Clips each element.
+        local: Returns the part of a gradient that this process holds, where gradients are spread over processes.
     """
     chosen = tuple(request.optimizers if optimizers is None else optimizers)
     backend, precision = request.context.backend, request.context.precision
@@ -44,7 +48,8 @@ def bind_step(
         owned: list[torch.Tensor] = [p for model in of or models for p in model.parameters()]
         if not of:
             owned += [p for optimizer in chosen for p in _parameters(optimizer)]
-        return list({id(p): p.grad for p in owned if p.grad is not None}.values())
+        found = {id(p): p.grad for p in owned if p.grad is not None}.values()
+        return list(found) if local is None else [local(gradient) for gradient in found]
 
     def backend_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool:
         backend.optimizer_step(optimizer, closure)
@@ -59,7 +64,7 @@ def bind_step(
         zero_grad=zero_grad,
         no_sync=no_sync,
         clip_grad_norm=clip_grad_norm,
-        clip_grad_value=torch.nn.utils.clip_grad_value_,
+        clip_grad_value=clip_grad_value,
         gradients=gradients,
         unscale_gradients=_nothing_to_unscale,
     )
@@ -78,7 +83,7 @@ def bind_step(
     def unscale_and_clip_value(parameters: Iterable[torch.Tensor], value: float) -> None:
         parameters = list(parameters)
         scaling.unscale_owners(parameters)
-        torch.nn.utils.clip_grad_value_(parameters, value)
+        clip_grad_value(parameters, value)
 
     return dataclasses.replace(
         unscaled,

@@ -34,6 +34,11 @@ class Precision(ABC):
         self.spec = spec
         self.config = config
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype in which a strategy may hold and exchange parameters for a forward; `None`: their own."""
+        return None
+
     def open(self, context: RunContext) -> None:
         """Get ready for a run; called once, before any model is bound."""
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchport.plugin.specs import StrategySpec
+from torchport.plugin.specs import StrategySpec, Topology
 
 if TYPE_CHECKING:
     from torchport.plugin.context import RunContext
@@ -26,6 +27,8 @@ class PrepareRequest:
         context: The run.
         device_placement: For each model, whether to move it to the device.
         evaluation_only: Whether the models will not be trained, so that no gradients need be exchanged.
+        objects: Everything given to the same call of `prepare`, in order: also the schedulers, and the loaders,
+            whose batch size an engine may want to know.
     """
 
     models: tuple[torch.nn.Module, ...]
@@ -33,6 +36,7 @@ class PrepareRequest:
     context: RunContext
     device_placement: tuple[bool, ...] = ()
     evaluation_only: bool = False
+    objects: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,16 @@ class Strategy(ABC):
         """Whether each process holds a whole replica, which may train apart from the others for some steps."""
         return False
 
+    @property
+    def steps_together(self) -> bool:
+        """Whether no process can take a step apart from the others: the run lends it batches that weigh nothing."""
+        return False
+
+    @property
+    def shards(self) -> str:
+        """The format in which each process saves its own part of the states; empty where the main one saves all."""
+        return ""
+
     @abstractmethod
     def prepare(self, request: PrepareRequest) -> Prepared:
         """Distribute models and optimizers, and bind the callables of a step."""
@@ -115,6 +129,45 @@ class Strategy(ABC):
     ) -> None:
         """Load what `optimizer_state_dict` returned; call it on every process."""
         optimizer.load_state_dict(state)
+
+    def save_shards(
+        self,
+        models: Mapping[int, torch.nn.Module],
+        optimizers: Mapping[int, torch.optim.Optimizer],
+        folder: Path,
+    ) -> None:
+        """Write this process's part of the states into `folder`, where `shards` names a format.
+
+        Args:
+            models: Prepared models, by their number in the checkpoint.
+            optimizers: Prepared optimizers, by theirs.
+            folder: An existing folder that all processes write into.
+        """
+        raise NotImplementedError
+
+    def load_shards(
+        self,
+        models: Mapping[int, torch.nn.Module],
+        optimizers: Mapping[int, torch.optim.Optimizer],
+        folder: Path,
+    ) -> None:
+        """Load what `save_shards` wrote, by this or another number of processes; call it on every process."""
+        raise NotImplementedError
+
+    def full_parameters(
+        self, model: torch.nn.Module, *, writeback: bool = False
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which a prepared model holds its whole parameters on every process.
+
+        Args:
+            model: A prepared model.
+            writeback: Whether changes made to them on every process alike are kept.
+        """
+        return nullcontext()
+
+    def data_share(self, topology: Topology) -> tuple[int, int]:
+        """Return which of how many different batches of a step this process reads: `(index, count)`."""
+        return topology.rank, topology.world_size
 
     def model_init_context(self) -> AbstractContextManager[Any]:
         """Return a context in which to construct models too large for one process."""
