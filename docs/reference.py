@@ -83,7 +83,7 @@ def _flags(item: schema.Setting) -> str:
         return "-"
     parameters = {param.name: param for param in _command("launch").params}
     option = parameters.get(item.name)
-    if isinstance(option, click.Option):
+    if isinstance(option, click.Option) and f"--{item.flag}" in option.opts:
         return _spellings(option)
     return (
         f"{code('--' + item.flag)}, {code('--no-' + item.flag)}" if item.is_flag else code(f"--{item.flag}")
@@ -100,7 +100,7 @@ def plugins_settings() -> str:
     parts = []
     for found in own_settings():
         parts += [
-            f"### {found.spec.kind} `{found.spec.name}`",
+            f"### {found.spec.kind} `{found.spec.name}`" if found.spec else f"### `{found.part}`",
             f"Class `{found.config.__name__}`, YAML section `{found.section}`.",
             _settings(schema.settings_of(found.config)),
         ]
@@ -108,7 +108,7 @@ def plugins_settings() -> str:
 
 
 def own_settings() -> list[PluginSettings]:
-    """Return the settings of the plugins that this repository publishes, and of no other that is installed."""
+    """Return the settings of the core and of the plugins published here, and of no other that is installed."""
     installed = discover({})
     ours = {
         entry.spec.config
@@ -116,7 +116,7 @@ def own_settings() -> list[PluginSettings]:
         for entry in entries.values()
         if entry.plugin.distribution in own_distributions()
     }
-    return [found for found in plugin_settings(installed)[0] if found.spec.config in ours]
+    return [found for found in plugin_settings(installed)[0] if not found.spec or found.spec.config in ours]
 
 
 def own_distributions() -> set[str]:
@@ -169,6 +169,10 @@ def older_keys() -> str:
     """Documented older keys of YAML files."""
     rows = [(code(old), code(new)) for old, new in aliases.YAML_KEYS.items()]
     rows += [(code(f"{old}: true"), _slots(slots, "{}: {}")) for old, slots in aliases.YAML_SWITCHES.items()]
+    rows += [
+        (f"{code(old)} at the top of the file", f"the same in the section {code(section)}")
+        for old, section in aliases.YAML_SECTIONS.items()
+    ]
     rows += [
         (
             code(f"distributed_type: {label}"),

@@ -15,6 +15,7 @@ import pytest
 from torchport import Accelerator, aliases, envvars, plugin
 from torchport.cli import _COMMANDS, cli
 from torchport.config import schema
+from torchport.config.dynamo import TorchDynamoPlugin
 from torchport.config.launch import LaunchConfig
 from torchport.plan.discovery import discover
 from torchport.plan.registry import load_reference
@@ -60,7 +61,11 @@ def settings() -> list[schema.Setting]:
     configs = {e.spec.config for e in entries if e.spec.config and e.plugin.distribution in OURS}
     return [
         item
-        for config in (LaunchConfig, *(load_reference(config) for config in sorted(configs)))
+        for config in (
+            LaunchConfig,
+            TorchDynamoPlugin,
+            *(load_reference(config) for config in sorted(configs)),
+        )
         for item in schema.settings_of(config)
     ]
 

@@ -289,7 +289,7 @@ def test_a_missing_script_is_reported_with_the_nearest_name(launches):
         (["--zero_stage", "3", "ok.py"], "pip install torchport-deepspeed"),
         (["--cpu", "--backend", "acme", "ok.py"], "leave out one of them"),
         (["--gpu_ids", "0,1", "--cpu", "ok.py"], "--gpu-ids chooses devices 0, 1"),
-        (["--dynamo_backend", "inductor", "ok.py"], "--dynamo-backend: 'inductor' is not supported"),
+        (["--dynamo_use_fullgraf", "ok.py"], "No such option '--dynamo-use-fullgraf'"),
         (["--config-file", "none.yaml", "ok.py"], "the configuration file 'none.yaml' cannot be read"),
         (["--module", "--no-python", "ok"], "exclude each other"),
         (["-m", "pack.none"], "no module named 'pack.none'"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchport.accelerator import Accelerator
     from torchport.builtin.ddp_config import DDPCommunicationHookType, DistributedDataParallelKwargs
+    from torchport.config.dynamo import TorchDynamoPlugin
     from torchport.config.kwargs import (
         AutocastKwargs,
         DataLoaderConfiguration,
@@ -47,6 +48,7 @@ _EXPORTS = {
     "PartialState": "torchport.state",
     "ProfileKwargs": "torchport.config.kwargs",
     "ProjectConfiguration": "torchport.config.kwargs",
+    "TorchDynamoPlugin": "torchport.config.dynamo",
     "TorchportError": "torchport.errors",
     "debug_launcher": "torchport.launchers",
     "find_executable_batch_size": "torchport.training.memory",
@@ -72,6 +74,7 @@ __all__ = [
     "PartialState",
     "ProfileKwargs",
     "ProjectConfiguration",
+    "TorchDynamoPlugin",
     "TorchportError",
     "__version__",
     "debug_launcher",

@@ -17,6 +17,7 @@ from torchport.aliases import resolve_keywords, translate_environment
 from torchport.checkpoint.project import Checkpoints, HookHandle
 from torchport.checkpoint.state import Contents
 from torchport.checkpoint.weights import model_state, save_weights
+from torchport.config.dynamo import TorchDynamoPlugin
 from torchport.config.kwargs import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
@@ -38,10 +39,12 @@ from torchport.preparation import Preparation
 from torchport.process_control import ProcessControl
 from torchport.runtime import Runtime
 from torchport.state import AcceleratorState, GradientState
+from torchport.training.compile import settle
 from torchport.training.optimizer import AcceleratedOptimizer
 from torchport.training.random import check_rng_types
 from torchport.training.scheduler import AcceleratedScheduler
 from torchport.training.tracking import Tracking
+from torchport.unwrap import finish
 
 
 class Accelerator(ProcessControl):
@@ -60,6 +63,8 @@ class Accelerator(ProcessControl):
         project_dir: Folder of the project.
         project_config: The same, with further settings.
         step_scheduler_with_optimizer: Whether schedulers step when their optimizers do.
+        dynamo_backend: Name of the compiler of `torch.compile` for prepared models; `"no"` for none.
+        dynamo_plugin: The same, with further settings.
         kwargs_handlers: Settings of PyTorch objects and of the chosen plugins.
         **aliases: Documented older spellings (`mixed_precision`, `cpu`, …), see `docs/environment.md`.
 
@@ -90,6 +95,8 @@ class Accelerator(ProcessControl):
         project_dir: str | os.PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
         step_scheduler_with_optimizer: bool = True,
+        dynamo_backend: Any = None,
+        dynamo_plugin: TorchDynamoPlugin | None = None,
         kwargs_handlers: Iterable[Any] | None = None,
         **aliases: Any,
     ) -> None:
@@ -124,6 +131,7 @@ class Accelerator(ProcessControl):
             self.rng_types,
             device_placement=device_placement,
             step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+            dynamo=settle(dynamo_plugin, dynamo_backend, self.backend.compile_backend()),
         )
         self._tracking = Tracking(
             self.plan["trackers"], active=self.is_main_process, logging_dir=self.logging_dir
@@ -259,15 +267,13 @@ class Accelerator(ProcessControl):
         Args:
             model: A prepared model.
             keep_fp32_wrapper: Whether it stays bound to the precision; if not, it can be pickled again.
-            keep_torch_compile: Whether it stays compiled.
+            keep_torch_compile: Whether it stays compiled; if not, and it is, another model over the same parameters
+                is returned.
         """
-        compiled = getattr(model, "_orig_mod", None)
-        inner = self._contents.strategy.unwrap(model if compiled is None else compiled)
+        inner = self._contents.strategy.unwrap(getattr(model, "_orig_mod", model))
         if not keep_fp32_wrapper:
             self._context.precision.restore(inner)
-        if compiled is not None and keep_torch_compile and inner is compiled:
-            return model
-        return inner
+        return finish(model, inner, keep_fp32_wrapper, keep_torch_compile)
 
     def verify_device_map(self, model: torch.nn.Module) -> bool:
         """Whether a model is spread over several devices by a device map."""
@@ -368,6 +374,19 @@ class Accelerator(ProcessControl):
 
         handler = profile_handler or first_of(self._context.handlers, ProfileKwargs)
         return profile(handler, self.process_index)
+
+    def lomo_backward(self, loss: torch.Tensor, learning_rate: float | None = None) -> None:
+        """Run the backward inside optimizers that step in it (LOMO); `backward(loss, learning_rate=...)` does too.
+
+        Args:
+            loss: A tensor of one element.
+            learning_rate: The learning rate of this step.
+
+        Raises:
+            ConfigurationError: if no such optimizer is prepared, or there is no learning rate.
+            UnsupportedOperationError: over several processes, in float16 or under gradient accumulation.
+        """
+        self._preparation.lomo_backward(loss, learning_rate)
 
     @contextmanager
     def join_uneven_inputs(
@@ -572,7 +591,8 @@ class Accelerator(ProcessControl):
 
 _PARAMETERS = (
     "device_placement", "gradient_accumulation_steps", "gradient_accumulation_plugin", "dataloader_config",
-    "rng_types", "project_dir", "project_config", "step_scheduler_with_optimizer", "kwargs_handlers",
+    "rng_types", "project_dir", "project_config", "step_scheduler_with_optimizer", "dynamo_backend",
+    "dynamo_plugin", "kwargs_handlers",
 )  # fmt: skip
 
 

@@ -54,7 +54,6 @@ RETIRED_SWITCHES: Mapping[str, str] = {
 """Flags documented as deprecated and without effect: what to write instead."""
 
 INERT_FLAGS: Mapping[str, Inert] = {
-    "dynamo-backend": Inert(("no",), "compile in the script: torch.compile(model)"),
     "main-training-function": Inert(("main",), "the script is run as a whole"),
 }
 """Flags that take a value and ask for nothing with these."""
@@ -67,6 +66,9 @@ YAML_KEYS: Mapping[str, str] = {
     "mpirun_hostfile": "host_file",
 }
 """Keys that are another name of a setting."""
+
+YAML_SECTIONS: Mapping[str, str] = {"dynamo_backend": "dynamo_config"}
+"""Keys at the top of the file that belong into a section: which."""
 
 YAML_SWITCHES: Mapping[str, Mapping[str, str]] = {"use_cpu": {"backend": "cpu"}}
 """Keys that, when true, fill slots."""
@@ -104,7 +106,6 @@ COMPUTE_ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
 
 INERT_KEYS: Mapping[str, Inert] = {
     "downcast_bf16": Inert(("no", "false"), "precision: bf16"),
-    "dynamo_backend": Inert(("no", "false"), "compile in the script: torch.compile(model)"),
     "main_training_function": Inert(("main",), "the script is run as a whole"),
     "tpu_use_cluster": Inert(
         ("false", "no"), "start the script on each machine of the pod with --machine-rank"
@@ -134,6 +135,11 @@ ENVIRONMENT: Mapping[str, str] = {
     "ACCELERATE_DEBUG_MODE": envvars.DEBUG,
     "ACCELERATE_CPU_AFFINITY": envvars.BIND_CPU,
     "ACCELERATE_LOG_LEVEL": envvars.LOG_LEVEL,
+    "ACCELERATE_DYNAMO_BACKEND": envvars.DYNAMO_BACKEND,
+    "ACCELERATE_DYNAMO_MODE": envvars.DYNAMO_MODE,
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": envvars.DYNAMO_FULLGRAPH,
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": envvars.DYNAMO_DYNAMIC,
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": envvars.DYNAMO_REGIONS,
 }
 """Variables that are another name of a variable."""
 
@@ -153,6 +159,29 @@ DISTRIBUTED_TYPES = (
 )  # fmt: skip
 """The documented members of `DistributedType`, which exist whether or not their plugin is installed."""
 
+DYNAMO_BACKENDS = (
+    "NO", "EAGER", "AOT_EAGER", "INDUCTOR", "AOT_TS_NVFUSER", "NVPRIMS_NVFUSER", "CUDAGRAPHS", "OFI", "FX2TRT",
+    "ONNXRT", "TENSORRT", "AOT_TORCHXLA_TRACE_ONCE", "TORCHXLA_TRACE_ONCE", "TVM", "IPEX", "HPU_BACKEND",
+)  # fmt: skip
+"""The documented members of `DynamoBackend`; some name compilers that PyTorch has dropped since."""
+
+PRECISIONS = {"NO": "no", "FP8": "fp8", "FP16": "fp16", "BF16": "bf16"}
+"""The documented members of `PrecisionType`."""
+
+LOGGERS = {
+    "ALL": "all", "AIM": "aim", "CLEARML": "clearml", "COMETML": "comet_ml", "DVCLIVE": "dvclive",
+    "JSONL": "jsonl", "MLFLOW": "mlflow", "SWANLAB": "swanlab", "TENSORBOARD": "tensorboard",
+    "TRACKIO": "trackio", "WANDB": "wandb",
+}  # fmt: skip
+"""The documented members of `LoggerType`, and the core's own tracker."""
+
+RNG_TYPES = {
+    "TORCH": "torch", "GENERATOR": "generator", "CUDA": "cuda", "MLU": "mlu", "SDAA": "sdaa", "MUSA": "musa",
+    "NPU": "npu", "XLA": "xla", "XPU": "xpu", "HPU": "hpu", "PYTHON": "python", "NUMPY": "numpy",
+    "DEVICE": "device",
+}  # fmt: skip
+"""The documented members of `RNGType`, and those that work on any device."""
+
 KEYWORD_SLOTS = {
     "mixed_precision": "precision",
     "deepspeed_plugin": "strategy",
@@ -169,8 +198,6 @@ KEYWORDS_MOVED = {
     "even_batches": "dataloader_config=DataLoaderConfiguration(even_batches=...)",
     "dispatch_batches": "dataloader_config=DataLoaderConfiguration(dispatch_batches=...)",
     "use_seedable_sampler": "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=...)",
-    "dynamo_backend": "torch.compile(model, backend=...) in the script",
-    "dynamo_plugin": "torch.compile(model, ...) in the script",
 }
 """Documented keyword arguments of `Accelerator` that are given in another way: how."""
 

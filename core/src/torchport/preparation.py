@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from torchport.checkpoint.state import Contents
+from torchport.config.dynamo import TorchDynamoPlugin
 from torchport.config.kwargs import DataLoaderConfiguration
 from torchport.data.loader import prepare_data_loader
 from torchport.errors import ConfigurationError
@@ -18,6 +20,8 @@ from torchport.plugin.context import RunContext
 from torchport.plugin.strategy import Prepared, PrepareRequest
 from torchport.state import GradientState
 from torchport.training.accumulation import AccumulationWindow
+from torchport.training.compile import compile_model
+from torchport.training.lomo import backward_or_fused, fused_backward, fuses_backward
 from torchport.training.optimizer import AcceleratedOptimizer
 from torchport.training.scheduler import AcceleratedScheduler
 
@@ -38,6 +42,7 @@ class Preparation:
         rng_types: Generators to synchronize at the beginning of each epoch.
         device_placement: Whether models and batches are moved to the device unless said otherwise.
         step_scheduler_with_optimizer: Whether schedulers step when their optimizers do.
+        dynamo: How models are compiled; `None` leaves them as they are.
     """
 
     bound: Prepared
@@ -53,6 +58,7 @@ class Preparation:
         *,
         device_placement: bool,
         step_scheduler_with_optimizer: bool,
+        dynamo: TorchDynamoPlugin | None = None,
     ) -> None:
         self.contents = contents
         self.context = context
@@ -61,6 +67,7 @@ class Preparation:
         self.rng_types = rng_types
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
+        self.dynamo = dynamo
         self.clear()
 
     def clear(self) -> None:
@@ -79,7 +86,14 @@ class Preparation:
     @property
     def backward(self) -> Callable[..., None]:
         """The callable that `Accelerator.backward` is."""
-        return self.bound.backward if self.bound.owns_accumulation else self.window.backward
+        backward = self.bound.backward if self.bound.owns_accumulation else self.window.backward
+        if any(fuses_backward(optimizer.optimizer) for optimizer in self.contents.optimizers):
+            return functools.partial(backward_or_fused, backward, self.lomo_backward)
+        return backward
+
+    def lomo_backward(self, loss: torch.Tensor, learning_rate: float | None) -> None:
+        """Let the optimizers that step inside the backward run it."""
+        fused_backward(self.contents.optimizers, loss, learning_rate, self.context)
 
     def all(self, objects: Sequence[Any], device_placement: Sequence[bool | None] | None) -> list[Any]:
         """Prepare models and optimizers together, then loaders and schedulers; give the rest back."""
@@ -123,7 +137,7 @@ class Preparation:
         precision = self.context.precision
         prepared = self.contents.strategy.prepare(
             PrepareRequest(
-                models=tuple(models),
+                models=tuple(compile_model(model, self.dynamo) for model in models),
                 optimizers=tuple(precision.convert_optimizer(optimizer) for optimizer in optimizers),
                 context=self.context,
                 device_placement=tuple(places),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from torchport import envvars
-from torchport.aliases import DISTRIBUTED_TYPES, translate_environment
+from torchport.aliases import translate_environment
 from torchport.config.kwargs import InitProcessGroupKwargs, KwargsHandler, first_of
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError, PlanMismatchError, UnavailableError
@@ -252,7 +252,6 @@ def resolve(request: Request) -> tuple[Plan, Installed]:
     """Discover what is installed and resolve a plan for this process."""
     environ = translate_environment(os.environ)
     installed = discover(environ)
-    DistributedType.register(*DISTRIBUTED_TYPES)
     return plan(request, environ, installed, detect_topology(environ, installed)), installed
 
 

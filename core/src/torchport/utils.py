@@ -17,9 +17,16 @@ _EXPORTS = {
     "KwargsHandler": "torchport.config.kwargs",
     "ProfileKwargs": "torchport.config.kwargs",
     "ProjectConfiguration": "torchport.config.kwargs",
+    "TorchDynamoPlugin": "torchport.config.dynamo",
     # labels and errors
+    "ComputeEnvironment": "torchport.labels",
     "DistributedOperationException": "torchport.errors",
     "DistributedType": "torchport.distributed_type",
+    "DynamoBackend": "torchport.labels",
+    "LoggerType": "torchport.labels",
+    "PrecisionType": "torchport.labels",
+    "RNGType": "torchport.labels",
+    "SageMakerDistributedType": "torchport.labels",
     # nested structures of tensors
     "concatenate": "torchport.ops.pytree",
     "convert_outputs_to_fp32": "torchport.ops.pytree",
@@ -30,6 +37,11 @@ _EXPORTS = {
     "recursively_apply": "torchport.ops.pytree",
     "send_to_device": "torchport.ops.pytree",
     "slice_tensors": "torchport.ops.pytree",
+    # models
+    "compile_regions": "torchport.training.compile",
+    "extract_model_from_parallel": "torchport.unwrap",
+    "has_compiled_regions": "torchport.training.compile",
+    "is_compiled_module": "torchport.training.compile",
     # across processes
     "broadcast": "torchport.ops.exchange",
     "broadcast_object_list": "torchport.ops.exchange",

@@ -18,6 +18,18 @@ from torchport.plugin.precision import Precision
 _MARK = "_torchport_forward"
 
 
+def restore_forward(model: torch.nn.Module) -> None:
+    """Give a model that `Autocast.apply` has bound its own `forward` back; leave any other as it is."""
+    bound = model.__dict__.get("forward")
+    own = getattr(bound, _MARK, None)  # a bound method shows the attributes of its function
+    if own is None:
+        return
+    if own is type(model).forward:
+        del model.forward
+    else:
+        model.forward = types.MethodType(own, model) if isinstance(bound, types.MethodType) else own
+
+
 class FullPrecision(Precision):
     """Every tensor keeps its own dtype; the model is left as it is."""
 
@@ -65,14 +77,7 @@ class Autocast(Precision):
 
     def restore(self, model: torch.nn.Module) -> None:
         """Give the model its own `forward` back."""
-        bound = model.__dict__.get("forward")
-        own = getattr(bound, _MARK, None)  # a bound method shows the attributes of its function
-        if own is None:
-            return
-        if own is type(model).forward:
-            del model.forward
-        else:
-            model.forward = types.MethodType(own, model) if isinstance(bound, types.MethodType) else own
+        restore_forward(model)
 
     def forward_context(
         self, context: RunContext, options: Any = None

@@ -139,7 +139,7 @@ class LaunchCommand(click.Command):
                     rows.append((record[0], item.help))
                     shown.add(flag)
             if rows:
-                with formatter.section(f"Settings of the {plugin.spec.kind} {plugin.spec.name}"):
+                with formatter.section(f"Settings of {plugin.title}"):
                     formatter.write_dl(rows)
         for plugin_name, reason in self._broken.items():
             formatter.write_paragraph()

@@ -86,6 +86,8 @@ def _read_key(layer: Layer, known: Mapping[str, str], key: str, value: Any, wher
     elif key in aliases.YAML_SWITCHES:
         if str(value).strip().lower() in ("1", "true", "yes", "on"):
             layer.fill(aliases.YAML_SWITCHES[key], where)
+    elif key in aliases.YAML_SECTIONS:
+        layer.sections.setdefault(aliases.YAML_SECTIONS[key], {})[key] = value
     elif key == "distributed_type":
         layer.fill(_label(aliases.DISTRIBUTED_TYPE_SLOTS, value, where), where)
     elif key == "compute_environment":
@@ -99,6 +101,8 @@ def _read_key(layer: Layer, known: Mapping[str, str], key: str, value: Any, wher
             _read_key(layer, known, str(inner), setting, f"{where}: {inner}")
         if value:
             layer.put("launcher", aliases.LAUNCHER_SECTIONS[key], where)
+    elif key in aliases.YAML_SECTIONS.values() and isinstance(value, dict):
+        layer.sections[key] = {**layer.sections.get(key, {}), **value}
     else:
         layer.sections[key] = value
 

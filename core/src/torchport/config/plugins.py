@@ -1,4 +1,4 @@
-"""Settings that installed plugins bring to a launch: flags, sections of the file, environment variables."""
+"""Settings beside those of a launch, the core's and plugins': flags, sections of the file, variables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torchport import aliases, envvars
 from torchport.config import schema
+from torchport.config.dynamo import TorchDynamoPlugin
 from torchport.config.launch import LaunchConfig
 from torchport.config.layers import Resolved
 from torchport.config.schema import Setting
@@ -18,15 +19,22 @@ from torchport.plugin.specs import KINDS, Spec
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PluginSettings:
-    """The settings of one installed plugin.
+    """The settings of one installed plugin, or of a part of the core.
 
     Attributes:
-        spec: The plugin's descriptor.
+        spec: The plugin's descriptor; `None` for the core.
         config: Its configuration dataclass.
+        part: Name of the part of the core.
     """
 
-    spec: Spec
+    spec: Spec | None
     config: type
+    part: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the settings are of."""
+        return f"the {self.spec.kind} {self.spec.name}" if self.spec is not None else self.part
 
     @property
     def section(self) -> str:
@@ -50,14 +58,18 @@ class PluginSettings:
 
     def reaches(self, item: Setting) -> bool:
         """Whether a setting can get from the launch to its reader: by a variable, or the launch reads it."""
-        return bool(item.env) or self.spec.kind == "launcher"
+        return bool(item.env) or (self.spec is not None and self.spec.kind == "launcher")
+
+
+CORE_SETTINGS = (PluginSettings(None, TorchDynamoPlugin, "torch.compile"),)
+"""Settings of the core that travel to the workers as those of plugins do."""
 
 
 def plugin_settings(installed: Installed) -> tuple[list[PluginSettings], dict[str, str]]:
     """Import the configuration dataclasses of the installed plugins.
 
     Returns:
-        The settings of each, and why those of some could not be read, by plugin.
+        The settings of the core and of each plugin, and why those of some could not be read, by plugin.
     """
     found: dict[str, PluginSettings] = {}
     broken = {}
@@ -72,7 +84,7 @@ def plugin_settings(installed: Installed) -> tuple[list[PluginSettings], dict[st
                 broken[f"{kind} {spec.name!r}"] = f"{type(error).__name__}: {error}"
             else:
                 found[spec.config] = PluginSettings(spec, config)
-    return list(found.values()), broken
+    return [*CORE_SETTINGS, *found.values()], broken
 
 
 def apply_settings(

@@ -9,6 +9,7 @@ import torch
 
 from torchport.plugin.binding import plain_step, zero_grad
 from torchport.plugin.strategy import Prepared
+from torchport.training.lomo import fuses_backward, stepped_in_backward
 
 if TYPE_CHECKING:
     from torchport.state import GradientState
@@ -29,7 +30,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         # No super().__init__: state and parameter groups are those of the wrapped optimizer.
         self.optimizer = optimizer
         self.gradient_state = gradients
-        self._bound_step = prepared.step
+        self._bound_step = stepped_in_backward if fuses_backward(optimizer) else prepared.step
         self._bound_zero_grad = prepared.zero_grad
         self._applied = True
 
