@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchport.accelerator import Accelerator
     from torchport.builtin.ddp_config import DDPCommunicationHookType, DistributedDataParallelKwargs
+    from torchport.checkpoint.model_folder import load_checkpoint_in_model
+    from torchport.checkpoint.resume import Progress
     from torchport.config.dynamo import TorchDynamoPlugin
     from torchport.config.kwargs import (
         AutocastKwargs,
@@ -47,11 +49,13 @@ _EXPORTS = {
     "LocalSGD": "torchport.training.local_sgd",
     "PartialState": "torchport.state",
     "ProfileKwargs": "torchport.config.kwargs",
+    "Progress": "torchport.checkpoint.resume",
     "ProjectConfiguration": "torchport.config.kwargs",
     "TorchDynamoPlugin": "torchport.config.dynamo",
     "TorchportError": "torchport.errors",
     "debug_launcher": "torchport.launchers",
     "find_executable_batch_size": "torchport.training.memory",
+    "load_checkpoint_in_model": "torchport.checkpoint.model_folder",
     "notebook_launcher": "torchport.launchers",
     "set_seed": "torchport.training.random",
     "skip_first_batches": "torchport.data.loader",
@@ -73,12 +77,14 @@ __all__ = [
     "LocalSGD",
     "PartialState",
     "ProfileKwargs",
+    "Progress",
     "ProjectConfiguration",
     "TorchDynamoPlugin",
     "TorchportError",
     "__version__",
     "debug_launcher",
     "find_executable_batch_size",
+    "load_checkpoint_in_model",
     "notebook_launcher",
     "set_seed",
     "skip_first_batches",

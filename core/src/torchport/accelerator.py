@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from torchport import envvars
 from torchport.aliases import resolve_keywords, translate_environment
+from torchport.checkpoint.model_folder import save_model
 from torchport.checkpoint.project import Checkpoints, HookHandle
+from torchport.checkpoint.resume import what_to_resume
 from torchport.checkpoint.state import Contents
 from torchport.checkpoint.weights import model_state, save_weights
 from torchport.config.dynamo import TorchDynamoPlugin
@@ -65,6 +67,8 @@ class Accelerator(ProcessControl):
         step_scheduler_with_optimizer: Whether schedulers step when their optimizers do.
         dynamo_backend: Name of the compiler of `torch.compile` for prepared models; `"no"` for none.
         dynamo_plugin: The same, with further settings.
+        resume: What `resume()` loads: `"auto"`, the newest complete checkpoint of the project, if there is one; a
+            checkpoint's folder; `""`, nothing; `None`, what `TORCHPORT_RESUME` says. `"auto"` numbers checkpoints.
         kwargs_handlers: Settings of PyTorch objects and of the chosen plugins.
         **aliases: Documented older spellings (`mixed_precision`, `cpu`, …), see `docs/environment.md`.
 
@@ -97,6 +101,7 @@ class Accelerator(ProcessControl):
         step_scheduler_with_optimizer: bool = True,
         dynamo_backend: Any = None,
         dynamo_plugin: TorchDynamoPlugin | None = None,
+        resume: str | os.PathLike[str] | None = None,
         kwargs_handlers: Iterable[Any] | None = None,
         **aliases: Any,
     ) -> None:
@@ -122,7 +127,8 @@ class Accelerator(ProcessControl):
         precision.open(self._context)
         self._autocast: Callable[[], AbstractContextManager[Any]] = precision.forward_context(self._context)
         self._contents = Contents(self._runtime, self._runtime.strategy(), precision)
-        self._checkpoints = Checkpoints(self._contents, self.project_configuration, self)
+        going_on = what_to_resume(resume, self.project_configuration, own=project_config is not None)
+        self._checkpoints = Checkpoints(self._contents, self.project_configuration, self, going_on)
         self._preparation = Preparation(
             self._contents,
             self._context,
@@ -452,8 +458,16 @@ class Accelerator(ProcessControl):
 
     # --- saving ------------------------------------------------------------------------------------------
 
+    @property
+    def save_iteration(self) -> int:
+        """Number of the next checkpoint under automatic naming."""
+        return self.project_configuration.iteration
+
     def save_state(
-        self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        blocking: bool = True,
     ) -> str:
         """Save everything prepared and registered; call it on every process.
 
@@ -464,6 +478,10 @@ class Accelerator(ProcessControl):
             output_dir: A folder of its own, the same on every process: new, empty, or an older checkpoint, which
                 is replaced as a whole. With automatic naming, leave it out.
             safe_serialization: Whether weights are written as safetensors.
+            blocking: Whether to return when the checkpoint is on the disk. If not, this returns when the state has
+                been copied to host memory (as much as the files of this process hold), and a thread writes; the next
+                save waits for it. An error is raised by the next `save_state` or `load_state`, by
+                `wait_for_checkpoint` or `end_training`, or printed when the program ends.
 
         Returns:
             The folder.
@@ -472,7 +490,15 @@ class Accelerator(ProcessControl):
             CheckpointError: on every process, if any could not write its part, if a state could not be loaded
                 again, or if the folder holds anything else than a checkpoint.
         """
-        return str(self._checkpoints.save(output_dir, safe_serialization, self.plan))
+        return str(self._checkpoints.save(output_dir, safe_serialization, self.plan, blocking))
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint of `save_state(blocking=False)` is on the disk.
+
+        Raises:
+            CheckpointError: if it could not be saved.
+        """
+        self._checkpoints.wait()
 
     def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> None:
         """Load what `save_state` saved, after verifying it; call it on every process.
@@ -485,6 +511,24 @@ class Accelerator(ProcessControl):
                 process could not load it.
         """
         self._checkpoints.load(input_dir)
+
+    def resume(self) -> str | None:
+        """Load the checkpoint that this run goes on from, if there is one; call it on every process.
+
+        Call it once everything is prepared and registered, before training.
+
+        Returns:
+            The checkpoint's folder; `None` in a run that begins anew.
+
+        Raises:
+            CheckpointError: as `load_state`.
+        """
+        return self._checkpoints.resume()
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The checkpoint that `resume` has loaded."""
+        return self._checkpoints.resumed_from
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load further objects, which have `state_dict` and `load_state_dict`.
@@ -533,6 +577,28 @@ class Accelerator(ProcessControl):
         elif self._checkpoints.leads:
             self.backend.save(obj, Path(f))
 
+    def save_model(
+        self,
+        model: torch.nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write the weights of a prepared model for other programs; call it on every process.
+
+        Args:
+            model: The model, prepared or not.
+            save_directory: A folder; other files in it are left alone. `load_checkpoint_in_model` reads it.
+            max_shard_size: Most bytes in one file, as a number or such as `"200MB"`. If it takes several files, an
+                index says what is where.
+            safe_serialization: Whether to write safetensors.
+
+        Raises:
+            CheckpointError: on every process, if the files cannot be written.
+        """
+        state = self.get_state_dict(model)
+        save_model(state, save_directory, max_shard_size, safe_serialization, leader=self._checkpoints.leads)
+
     # --- tracking ----------------------------------------------------------------------------------------
 
     @property
@@ -573,6 +639,7 @@ class Accelerator(ProcessControl):
             *objects: The caller's own references, as many as to be replaced by the `None`s returned.
         """
         self._preparation.clear()
+        self._checkpoints.release()
         self._bind()
         gc.collect()
         self.backend.empty_cache()
@@ -583,16 +650,24 @@ class Accelerator(ProcessControl):
         return self.free_memory(*objects)
 
     def end_training(self) -> None:
-        """Close the trackers, wait for everyone and leave the process group."""
+        """Close the trackers, wait for the last checkpoint and for everyone, and leave the process group.
+
+        Raises:
+            CheckpointError: if a checkpoint could not be saved in the background.
+        """
         self._tracking.close()
-        self.wait_for_everyone()
-        self._runtime.close()
+        try:
+            self.wait_for_checkpoint()
+        finally:
+            self._checkpoints.release()
+            self.wait_for_everyone()
+            self._runtime.close()
 
 
 _PARAMETERS = (
     "device_placement", "gradient_accumulation_steps", "gradient_accumulation_plugin", "dataloader_config",
     "rng_types", "project_dir", "project_config", "step_scheduler_with_optimizer", "dynamo_backend",
-    "dynamo_plugin", "kwargs_handlers",
+    "dynamo_plugin", "resume", "kwargs_handlers",
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ DYNAMO_MODE = "TORCHPORT_DYNAMO_MODE"
 DYNAMO_FULLGRAPH = "TORCHPORT_DYNAMO_USE_FULLGRAPH"
 DYNAMO_DYNAMIC = "TORCHPORT_DYNAMO_USE_DYNAMIC"
 DYNAMO_REGIONS = "TORCHPORT_DYNAMO_USE_REGIONAL_COMPILATION"
+RESUME = "TORCHPORT_RESUME"
 ORIGINS = "TORCHPORT_ORIGINS"
 RANK = "RANK"
 WORLD_SIZE = "WORLD_SIZE"
@@ -65,6 +66,9 @@ VARIABLES = (
     Variable(TIMEOUT, "Seconds that a collective operation waits for other processes (default 1800)."),
     Variable(LOG_LEVEL, "Lowest level that loggers of `get_logger` log, such as `INFO`."),
     Variable(BIND_CPU, "`1`: bind each process to its own share of the processor cores."),
+    Variable(
+        RESUME, "What `Accelerator.resume` loads, where the script does not say: `auto`, or a checkpoint."
+    ),
     Variable(ORIGINS, "Set by `torchport launch`: which flag or file each variable came from."),
     Variable(RANK, "Index of the process among all; set by the launcher."),
     Variable(WORLD_SIZE, "Number of processes; set by the launcher."),

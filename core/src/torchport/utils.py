@@ -58,6 +58,15 @@ _EXPORTS = {
     "set_seed": "torchport.training.random",
     "synchronize_rng_state": "torchport.training.random",
     "synchronize_rng_states": "torchport.training.random",
+    # weights and other objects in files
+    "load": "torchport.checkpoint.model_folder",
+    "load_checkpoint_in_model": "torchport.checkpoint.model_folder",
+    "load_state_dict": "torchport.checkpoint.model_folder",
+    "save": "torchport.checkpoint.model_folder",
+    "SAFE_WEIGHTS_INDEX_NAME": "torchport.checkpoint.model_folder",
+    "SAFE_WEIGHTS_NAME": "torchport.checkpoint.model_folder",
+    "WEIGHTS_INDEX_NAME": "torchport.checkpoint.model_folder",
+    "WEIGHTS_NAME": "torchport.checkpoint.model_folder",
     # file names inside a checkpoint
     "MODEL_NAME": "torchport.checkpoint.state",
     "OPTIMIZER_NAME": "torchport.checkpoint.state",

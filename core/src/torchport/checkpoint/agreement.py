@@ -9,6 +9,11 @@ from torchport.errors import CheckpointError
 from torchport.ops import exchange
 
 
+def by_collectives(value: Any) -> list[Any]:
+    """Return the values of all processes, in order of rank, over the process group: for the main thread."""
+    return exchange.gather_object([value])
+
+
 class Agreement:
     """The processes of a job doing one thing together: the first step that fails anywhere ends it everywhere.
 
@@ -17,12 +22,19 @@ class Agreement:
 
     Args:
         failed: What to report when a step fails that says what it was doing.
-        reason: What else to say then.
+        reason: Returns what else to say then.
+        gather: Returns the values of all processes, in order of rank.
     """
 
-    def __init__(self, failed: str, reason: str = "") -> None:
+    def __init__(
+        self,
+        failed: str,
+        reason: Callable[[], str] = str,
+        gather: Callable[[Any], list[Any]] = by_collectives,
+    ) -> None:
         self.failed = failed
-        self.reason = reason
+        self._why = reason
+        self.gather = gather
         self._over = False
 
     def step(self, action: Callable[[], Any], doing: str = "") -> list[Any]:
@@ -43,7 +55,7 @@ class Agreement:
             if self._over:  # of a step inside this one: all processes know already
                 raise
             error = problem
-        outcomes = exchange.gather_object([(self._told(error, doing), value)])
+        outcomes = self.gather((self._told(error, doing), value))
         problems = {rank: problem for rank, (problem, _) in enumerate(outcomes) if problem is not None}
         if problems:
             self._over = True
@@ -60,7 +72,7 @@ class Agreement:
                 for rank, error in problems.items()
             )
             return CheckpointError(
-                self.failed, found=found, reason=first.reason or self.reason, hint=first.hint
+                self.failed, found=found, reason=first.reason or self._why(), hint=first.hint
             )
         same = [error.found for error in errors if error.problem == first.problem and error.found]
         return CheckpointError(
@@ -73,5 +85,5 @@ class Agreement:
             return error
         text = f"{type(error).__name__}: {error}"
         return (
-            CheckpointError(text) if doing else CheckpointError(self.failed, found=text, reason=self.reason)
+            CheckpointError(text) if doing else CheckpointError(self.failed, found=text, reason=self._why())
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import secrets
 import shutil
 import sys
 import zlib
@@ -24,23 +23,6 @@ FORMAT = 1
 _READERS = 4
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
-
-
-def make_folder(folder: Path, target: Path) -> None:
-    """Make the temporary folder in which `target` is written.
-
-    Raises:
-        CheckpointError: if the parent folder cannot be made or written to.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {target} cannot be written",
-            reason=f"{type(error).__name__}: {error.strerror or error} ({error.filename})",
-            hint="a folder that exists and can be written to",
-        ) from error
 
 
 def checksum(path: Path) -> str:
@@ -142,20 +124,16 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
     for name in mine:
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(f"{folder} is damaged", found=f"{name} is missing")
+            raise _damaged(folder, f"{name} is missing")
         if file.stat().st_size != listed[name]["size"]:
-            raise CheckpointError(
-                f"{folder} is damaged",
-                found=f"{name} has {file.stat().st_size} bytes instead of {listed[name]['size']}",
+            raise _damaged(
+                folder, f"{name} has {file.stat().st_size} bytes instead of {listed[name]['size']}"
             )
     with ThreadPoolExecutor(_READERS) as readers:
         found = readers.map(checksum, (folder / name for name in mine))
         differing = [name for name, value in zip(mine, found, strict=True) if value != listed[name]["crc32"]]
     if differing:
-        raise CheckpointError(
-            f"{folder} is damaged",
-            found=f"the contents of {', '.join(differing)} differ from what was written",
-        )
+        raise _damaged(folder, f"the contents of {', '.join(differing)} differ from what was written")
     return manifest
 
 
@@ -167,30 +145,72 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        beside = (
-            sorted(p.name for p in folder.parent.glob("*") if (p / MANIFEST).is_file())
-            if folder.parent.is_dir()
-            else []
-        )
         raise CheckpointError(
             f"{folder} is not a complete checkpoint",
             found="no such folder" if not folder.is_dir() else f"no {MANIFEST} in it",
-            hint=f"complete checkpoints beside it: {', '.join(beside)}" if beside else "",
+            hint=others(folder),
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         names = list(dict(manifest["files"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the manifest of {folder} cannot be read", reason=str(error)) from error
+        raise CheckpointError(
+            f"the manifest of {folder} cannot be read", reason=str(error), hint=others(folder)
+        ) from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} was written in checkpoint format {manifest.get('format')}",
             found=f"this version reads format {FORMAT}",
         )
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"the manifest of {folder} refers to {name!r}, outside its folder")
+        if reason := leads_outside(folder, name):
+            raise CheckpointError(
+                f"the manifest of {folder} refers to {name!r}, outside its folder",
+                reason=reason,
+                hint=others(folder),
+            )
     return manifest
+
+
+def leads_outside(folder: Path, name: str, also: Path | None = None) -> str:
+    """Return why a name that a list of files gives is not that of a file in its folder; empty if it is.
+
+    Args:
+        folder: The folder.
+        name: The name of a file, relative to the folder.
+        also: A further folder to which symbolic links may lead.
+    """
+    if Path(name).is_absolute():
+        return "it is an absolute path"
+    if ".." in Path(name).parts:
+        return "it leads up"
+    real = Path(os.path.realpath(folder / name))
+    homes = [Path(os.path.realpath(home)) for home in (folder, also) if home is not None]
+    if not any(home in real.parents for home in homes):
+        return f"it is a link to {real}"
+    return ""
+
+
+def saved_at(folder: Path) -> float:
+    """Return when a checkpoint was saved, in seconds since 1970: what its manifest says, or else the file's time."""
+    path = folder / MANIFEST
+    try:
+        return float(json.loads(path.read_text())["saved_at"])
+    except (ValueError, KeyError, TypeError):
+        return path.stat().st_mtime
+
+
+def others(folder: Path) -> str:
+    """Name the complete checkpoint beside one that cannot be loaded that was saved last; empty if there is none."""
+    beside = [path.parent for path in folder.parent.glob(f"*/{MANIFEST}") if path.parent != folder]
+    beside = [path for path in beside if not path.name.startswith(".")]
+    return f"load_state({str(max(beside, key=saved_at))!r}), the newest of the others" if beside else ""
+
+
+def _damaged(folder: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is damaged", found=found, reason="nothing has been loaded", hint=others(folder)
+    )
 
 
 def _part(listed: dict[str, dict[str, Any]], share: int, shares: int) -> list[str]:
@@ -216,7 +236,7 @@ def _exchange(folder: Path, target: Path) -> None:
             and rename(_HERE, os.fsencode(folder), _HERE, os.fsencode(target), _EXCHANGE) == 0
         ):
             return
-    older = target.with_name(f".{target.name}.older-{secrets.token_hex(4)}")
+    older = folder.with_name(folder.name.replace(".writing-", ".older-"))
     target.rename(older)
     folder.rename(target)
     older.rename(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -102,3 +103,14 @@ class _Conversion:
             reason="a checkpoint holds tensors and plain values only: nothing in it is run when it is loaded",
             hint="let state_dict() return numbers, texts, tensors, and lists and dictionaries of them",
         )
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line why a file of tensors and plain values could not be read."""
+    text = str(error)
+    code = re.search(r"GLOBAL ([\w.]+)", text)
+    if code:
+        return f"it holds code, which has not been run: {code[1]}"
+    if "Weights only load failed" in text:
+        return "it is no file of tensors and plain values that torch.save has written"
+    return text.splitlines()[0] if text else type(error).__name__

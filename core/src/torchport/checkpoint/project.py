@@ -1,20 +1,24 @@
-"""Where a project's checkpoints go, what they are called, and what else is called before and in them."""
+"""The checkpoints of a project: where they go, what they are called, and how a run goes on from one."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchport.checkpoint import state
 from torchport.checkpoint.agreement import Agreement
+from torchport.checkpoint.atomic import saved_at
+from torchport.checkpoint.background import BackgroundSave, StoreExchange
+from torchport.checkpoint.reshard import scheduler_facts
+from torchport.checkpoint.resume import AUTO
+from torchport.checkpoint.snapshot import HostBuffers
 from torchport.checkpoint.target import MANIFEST, refuse_foreign, resolve
+from torchport.checkpoint.work import WorkFolder, remove
 from torchport.config.kwargs import ProjectConfiguration
 from torchport.errors import CheckpointError, ConfigurationError
 from torchport.plan.selection import Plan
@@ -29,16 +33,32 @@ class Checkpoints:
         project: The project's configuration.
         save_hooks: Called in each save before weights are written, as `hook(models, weights, output_dir)`.
         load_hooks: Called in each load before weights are loaded, as `hook(models, input_dir)`.
+        resumed_from: The checkpoint that the run goes on from; `None` in a run that began anew.
+
+    Args:
+        contents: The objects whose state they hold.
+        project: The project's configuration.
+        processes: The processes of the job.
+        resume: What to go on from: `"auto"`, a folder, or nothing.
     """
 
     def __init__(
-        self, contents: state.Contents, project: ProjectConfiguration, processes: ProcessControl
+        self,
+        contents: state.Contents,
+        project: ProjectConfiguration,
+        processes: ProcessControl,
+        resume: str = "",
     ) -> None:
         self.contents = contents
         self.project = project
         self.processes = processes
         self.save_hooks: list[Callable[..., Any]] = []
         self.load_hooks: list[Callable[..., Any]] = []
+        self.resumed_from: str | None = None
+        self._resume = resume
+        runtime = contents.runtime
+        self._buffers = HostBuffers(runtime.backend, runtime.device)
+        self._running: BackgroundSave | None = None
 
     @property
     def leads(self) -> bool:
@@ -51,38 +71,60 @@ class Checkpoints:
         """Where numbered checkpoints are."""
         return Path(self.project.project_dir or ".") / "checkpoints"
 
-    def save(self, output_dir: str | os.PathLike[str] | None, safe_serialization: bool, plan: Plan) -> Path:
+    def save(
+        self,
+        output_dir: str | os.PathLike[str] | None,
+        safe_serialization: bool,
+        plan: Plan,
+        blocking: bool = True,
+    ) -> Path:
         """Write a checkpoint and, with automatic naming, delete the oldest beyond the limit."""
         named = self._named(output_dir)
-        agreement = Agreement(
-            f"the checkpoint {named} could not be saved", "an older checkpoint of that name is still whole"
-        )
+        agreement = Agreement(f"the checkpoint {named} could not be saved", lambda: _older(named))
         target, token = self._agree_on_target(named, output_dir is None, agreement)
         facts = {
             "plan": plan.fingerprint(),
             "world_size": self.processes.num_processes,
             "objects": state.counts(self.contents),
+            **scheduler_facts(self.contents.schedulers, self.contents.loaders),
             "iteration": self.project.iteration,
             "saved_at": time.time(),
+            **({"shards": self.contents.strategy.shards} if self.contents.strategy.shards else {}),
         }
-        state.save(
-            self.contents,
-            target,
-            target.parent / f".{target.name}.writing-{token}",
-            agreement,
-            safe_serialization=safe_serialization,
-            leader=self.leads,
-            facts=facts,
-            hooks=self.save_hooks,
-        )
-        if self.project.automatic_checkpoint_naming and output_dir is None:
+        numbered_now = self.project.automatic_checkpoint_naming and output_dir is None
+        work = WorkFolder(target, token, self.leads)
+        try:
+            part = state.gather(
+                self.contents,
+                work,
+                agreement,
+                safe_serialization=safe_serialization,
+                leader=self.leads,
+                hooks=self.save_hooks,
+            )
+            limit = self.project.total_limit if numbered_now else None
+            if blocking:
+                self._finish(part, work, target, agreement, facts, limit)
+            else:
+                agreement.step(lambda: self._take_snapshot(part.files), "copy its state to host memory")
+        except BaseException:
+            work.close()
+            raise
+        if numbered_now:
             self.project.iteration += 1
-            limit = self.project.total_limit
-            if limit is not None:
-                Agreement(f"the checkpoint {named} has been saved, but older ones are left").step(
-                    lambda: make_room(target, limit) if self.leads else None, "delete them"
-                )
+        if not blocking:
+            self._start(part, work, target, agreement, facts, limit, token)
         return named
+
+    def wait(self) -> None:
+        """Wait until the save in the background has ended; raise its error, once."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.wait()
+
+    def release(self) -> None:
+        """Give back the host memory that snapshots were copied into."""
+        self._buffers.release()
 
     def load(self, input_dir: str | os.PathLike[str] | None) -> None:
         """Verify and load a checkpoint: the one given or, with automatic naming, the newest complete one."""
@@ -91,14 +133,95 @@ class Checkpoints:
                 "load_state needs a folder", hint="load_state('folder'), or automatic naming"
             )
         agreement = Agreement(f"the checkpoint {input_dir or self.folder} could not be loaded")
+        agreement.step(self.wait)
         if input_dir is None:
-            main = self.processes.is_main_process
-            source = agreement.step(lambda: newest(self.folder) if main else None)[0]
+            source = self._newest(agreement)
+            if source is None:
+                raise CheckpointError(
+                    f"there is no complete checkpoint in {self.folder}", hint="save_state() writes one"
+                )
         else:
             source = Path(input_dir)
+        self._load(source, agreement)
+
+    def resume(self) -> str | None:
+        """Load the checkpoint that the run was told to go on from; `None` where there is nothing to load."""
+        asked, self._resume = self._resume, ""
+        if not asked:
+            return self.resumed_from
+        agreement = Agreement(f"the run could not be resumed from {asked}")
+        source = Path(asked)
+        if asked == AUTO:
+            found = self._newest(agreement)
+            if found is None:
+                return None
+            source = found
+        self._load(source, agreement)
+        self.resumed_from = str(source)
+        return self.resumed_from
+
+    def _load(self, source: Path, agreement: Agreement) -> None:
         manifest = state.load(self.contents, source, agreement, hooks=self.load_hooks)
+        self._resume = ""
         if self.project.automatic_checkpoint_naming:
             self.project.iteration = int(manifest.get("iteration", -1)) + 1
+
+    def _newest(self, agreement: Agreement) -> Path | None:
+        """Return the newest checkpoint that is complete on all machines, the same on every process."""
+
+        def complete() -> list[str] | None:
+            return [path.name for path in numbered(self.folder)] if self.leads else None
+
+        lists = [names for names in agreement.step(complete) if names is not None]
+        everywhere = [name for name in lists[0] if all(name in names for names in lists)]
+        return self.folder / everywhere[-1] if everywhere else None
+
+    def _finish(
+        self,
+        part: state.Part,
+        work: WorkFolder,
+        target: Path,
+        agreement: Agreement,
+        facts: dict[str, Any],
+        limit: int | None,
+    ) -> None:
+        """Write, complete the checkpoint, and delete the oldest ones beyond the limit."""
+        rank = self.processes.process_index
+        try:
+            state.write(part, work, target, agreement, rank=rank, leader=self.leads, facts=facts)
+        finally:
+            work.close()
+        if limit is not None:
+            Agreement(
+                f"the checkpoint {target} has been saved, but older ones are left", gather=agreement.gather
+            ).step(lambda: make_room(target, limit) if self.leads else None, "delete them")
+
+    def _take_snapshot(self, files: Sequence[state.File]) -> None:
+        copies = self._buffers.snapshot([file.state for file in files])
+        for file, copied in zip(files, copies, strict=True):
+            file.state = copied
+
+    def _start(
+        self,
+        part: state.Part,
+        work: WorkFolder,
+        target: Path,
+        agreement: Agreement,
+        facts: dict[str, Any],
+        limit: int | None,
+        token: str,
+    ) -> None:
+        """Finish in a thread."""
+        runtime = self.contents.runtime
+        topology = runtime.topology
+
+        def save() -> None:
+            with StoreExchange(runtime.store, token, topology.rank, topology.world_size) as exchange:
+                agreement.gather = exchange.gather
+                self._finish(part, work, target, agreement, facts, limit)
+            part.files.clear()
+
+        self._running = BackgroundSave(save, str(target))
 
     def register(self, *objects: Any) -> None:
         """Hold further objects.
@@ -128,6 +251,13 @@ class Checkpoints:
         """Return the folder to replace and a word for its temporary folder, before anything is written."""
 
         def check() -> tuple[str, str]:
+            self.wait()
+            if self._resume:
+                raise CheckpointError(
+                    f"this run has not gone on from {self._resume!r} as it was told to, and would save a new one",
+                    found="save_state() before resume()",
+                    hint="accelerator.resume() when everything is prepared and registered, before training",
+                )
             target = resolve(named)
             if self.leads and automatic and target.exists():
                 raise CheckpointError(
@@ -157,37 +287,23 @@ def numbered(folder: Path) -> list[Path]:
     for path in folder.glob("checkpoint_*"):
         match = re.fullmatch(r"checkpoint_(\d+)", path.name)
         if match and (path / MANIFEST).is_file():
-            found.append((_saved_at(path), int(match[1]), path))
+            found.append((saved_at(path), int(match[1]), path))
     return [path for _, _, path in sorted(found)]
 
 
-def newest(folder: Path) -> Path:
-    """Return the newest complete checkpoint of a folder of numbered ones.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    complete = numbered(folder)
-    if not complete:
-        raise CheckpointError(f"there is no complete checkpoint in {folder}", hint="save_state() writes one")
-    return complete[-1]
+def _older(named: Path) -> str:
+    """Name the complete checkpoint that stays if this one cannot be saved."""
+    if (named / MANIFEST).is_file():
+        return f"the older checkpoint {named} is still whole"
+    complete = numbered(named.parent)
+    return f"the newest complete checkpoint is {complete[-1]}" if complete else ""
 
 
 def make_room(new: Path, limit: int) -> None:
     """Delete the oldest numbered checkpoints beside a new one until `limit` are left; never the new one."""
     older = [path for path in numbered(new.parent) if path.name != new.name]
     for path in older[: max(0, len(older) + 1 - limit)]:
-        (path / MANIFEST).unlink()  # half deleted, it is no checkpoint
-        shutil.rmtree(path)
-
-
-def _saved_at(folder: Path) -> float:
-    """Return when a checkpoint was saved, in seconds since 1970: what its manifest says, or else the file's time."""
-    path = folder / MANIFEST
-    try:
-        return float(json.loads(path.read_text())["saved_at"])
-    except (ValueError, KeyError, TypeError):
-        return path.stat().st_mtime
+        remove(path)
 
 
 class HookHandle:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,16 @@ import torch
 
 from torchport.checkpoint import atomic, shards
 from torchport.checkpoint.agreement import Agreement
-from torchport.checkpoint.plain import plain
-from torchport.checkpoint.weights import load_model_state, load_weights, model_state, save_weights
+from torchport.checkpoint.plain import plain, reason_of
+from torchport.checkpoint.reshard import derive_rng_states, load_scheduler, total_batch
+from torchport.checkpoint.weights import (
+    check_tensors,
+    load_model_state,
+    load_weights,
+    model_state,
+    save_weights,
+)
+from torchport.checkpoint.work import WorkFolder
 from torchport.checkpoint.writer import FolderWriter
 from torchport.errors import CheckpointError
 from torchport.plugin.precision import Precision
@@ -47,53 +54,115 @@ class Contents:
     custom: list[Any] = field(default_factory=list)
 
 
-def save(
+@dataclass(slots=True)
+class Part:
+    """What one process adds to a checkpoint.
+
+    Attributes:
+        files: What it is still to write.
+        written: Size and checksum of files that it has written already, by their path inside.
+    """
+
+    files: list[File]
+    written: dict[str, dict[str, Any]]
+
+
+@dataclass(slots=True)
+class File:
+    """A file that this process writes.
+
+    Attributes:
+        name: Its path inside the checkpoint.
+        state: What goes into it.
+        save: Writes `state` to a path.
+    """
+
+    name: str
+    state: Any
+    save: Callable[[Any, Path], Any]
+
+
+def gather(
     contents: Contents,
-    target: Path,
-    folder: Path,
+    work: WorkFolder,
     agreement: Agreement,
     *,
     safe_serialization: bool,
     leader: bool,
-    facts: dict[str, Any],
     hooks: Sequence[Callable[..., Any]] = (),
-) -> None:
-    """Write a checkpoint; call it on every process.
+) -> Part:
+    """Make the temporary folder and return what this process adds to it; call it on every process.
 
-    States are collected on all processes, as for some strategies that takes all of them, before any is written.
+    States are collected on all processes, as for some strategies that takes all of them, before any is written. A
+    strategy that saves its states in parts writes them here: that may take all processes too.
 
     Args:
         contents: What to save.
-        target: The folder; an older checkpoint there is replaced when the new one is complete.
-        folder: The temporary folder beside it.
+        work: The temporary folder.
         agreement: With the other processes.
         safe_serialization: Whether weights are written as safetensors.
-        leader: Whether this process makes the folder and writes what all processes share.
-        facts: What the manifest should say besides.
+        leader: Whether this process writes what all processes share.
         hooks: What to call with the models, the list of their states and the temporary folder, before what is
             left in the list is written.
 
     Raises:
-        CheckpointError: on every process, if any of them could not do its part; nothing is left behind.
+        CheckpointError: on every process, if any of them could not do its part.
     """
-    try:
-        agreement.step(lambda: atomic.make_folder(folder, target) if leader else None, "make the folder")
-        weights: list[dict[str, Any]] = []
-        files: list[_File] = []
-        agreement.step(lambda: _collect(contents, leader, weights, files), "write")
-        written = agreement.step(
-            lambda: _write(contents, folder, safe_serialization, leader, hooks, weights, files), "write"
-        )
-        if contents.strategy.shards:
-            facts = {**facts, "shards": contents.strategy.shards}
-            written += agreement.step(lambda: _write_shards(contents, folder, agreement))
-        own = written[contents.runtime.topology.rank]  # without a shared disk, names may be those of others
-        known = {name: described for listed in (*written, own) for name, described in listed.items()}
-        agreement.step(lambda: atomic.publish(folder, target, facts, known) if leader else None, "complete")
-    except CheckpointError:
+    agreement.step(work.open, "make the folder")
+    weights: list[dict[str, Any]] = []
+    files: list[File] = []
+    agreement.step(lambda: _collect(contents, leader, weights, files), "write")
+
+    def run_hooks() -> None:
+        collected = list(weights)
+        for hook in hooks:
+            hook(list(contents.models), weights, str(work.path))
         if leader:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+            places = _places(collected, weights)
+            files[:0] = [_weights_file(contents, *place, safe_serialization) for place in places]
+
+    agreement.step(run_hooks, "write")
+    written: list[dict[str, dict[str, Any]]] = []
+    if contents.strategy.shards:
+        agreement.step(lambda: written.append(_write_shards(contents, work.path, agreement)))
+    return Part(files, written[0] if written else {})
+
+
+def write(
+    part: Part,
+    work: WorkFolder,
+    target: Path,
+    agreement: Agreement,
+    *,
+    rank: int,
+    leader: bool,
+    facts: dict[str, Any],
+) -> None:
+    """Write files and put the checkpoint in place; call it on every process, in any thread.
+
+    Args:
+        part: What this process adds.
+        work: The temporary folder.
+        target: The checkpoint's folder; an older checkpoint there is replaced when the new one is complete.
+        agreement: With the other processes.
+        rank: Index of this process.
+        leader: Whether this process completes the checkpoint.
+        facts: What the manifest should say besides.
+
+    Raises:
+        CheckpointError: on every process, if any of them could not do its part.
+    """
+
+    def write_mine() -> dict[str, dict[str, Any]]:
+        with FolderWriter(work.path) as writer:
+            for file in part.files:
+                writer.write(file.name, functools.partial(file.save, file.state))
+        return writer.files | part.written
+
+    written = agreement.step(write_mine, "write")
+    own = written[rank]  # without a shared disk, names may be those of others
+    known = {name: described for listed in (*written, own) for name, described in listed.items()}
+    agreement.step(lambda: atomic.publish(work.path, target, facts, known) if leader else None, "complete")
 
 
 def load(
@@ -130,19 +199,22 @@ def load(
             hook(models, str(source))
 
     agreement.step(prepare, "run its load hooks")
-    written = str(manifests[0].get("shards", ""))
-    agreement.step(lambda: _restore(contents, source, agreement, models, written))
+    agreement.step(lambda: _restore(contents, source, agreement, models, manifests[0]))
     return manifests[0]
 
 
 def _restore(
-    contents: Contents, source: Path, agreement: Agreement, models: list[torch.nn.Module], written: str
+    contents: Contents,
+    source: Path,
+    agreement: Agreement,
+    models: list[torch.nn.Module],
+    manifest: dict[str, Any],
 ) -> None:
     strategy = contents.strategy
     wanted = {i: model for i, model in enumerate(contents.models) if any(model is one for one in models)}
     optimizers = dict(enumerate(contents.optimizers))
     owners = {index: _owner(contents.models, optimizer) for index, optimizer in optimizers.items()}
-    if written:
+    if written := str(manifest.get("shards", "")):
         inner = {index: optimizer.optimizer for index, optimizer in optimizers.items()}
         shards.load(strategy, wanted, inner, owners, source, written)
         wanted, optimizers = {}, {}
@@ -165,40 +237,41 @@ def _restore(
         state = read(functools.partial(_read, source / f"{_numbered(OPTIMIZER_NAME, index)}.bin"))
         strategy.load_optimizer_state_dict(owners[index], optimizer.optimizer, state)
     for index, scheduler in enumerate(contents.schedulers):
-        scheduler.load_state_dict(_read(source / f"{_numbered(SCHEDULER_NAME, index)}.bin"))
+        state = _read(source / f"{_numbered(SCHEDULER_NAME, index)}.bin")
+        load_scheduler(scheduler, state, index, manifest, total_batch(contents.loaders))
     for index, loader in enumerate(contents.loaders):
         _load_order(loader, _read(source / f"{_numbered(SAMPLER_NAME, index)}.bin"))
     if (source / SCALER_NAME).is_file():
         contents.precision.load_state_dict(_read(source / SCALER_NAME))
     for index, thing in enumerate(contents.custom):
         thing.load_state_dict(_read(source / f"{CUSTOM_NAME}_{index}.pkl"))
-    states = source / f"{RNG_STATE_NAME}_{contents.runtime.topology.rank}.pkl"
-    if states.is_file():  # a rank that the saving job did not have keeps its own random numbers
-        set_rng_states(_read(states), contents.runtime)
+    _restore_rng(source, int(manifest.get("world_size", 1)), contents.runtime)
 
 
-@dataclass(slots=True)
-class _File:
-    """A file that this process will write."""
+def _restore_rng(source: Path, saved_by: int, runtime: Runtime) -> None:
+    """Restore the random states of this process, or derive those of one that the saving job did not have."""
+    rank = runtime.topology.rank
+    path = source / f"{RNG_STATE_NAME}_{rank % saved_by}.pkl"
+    if rank < saved_by:
+        set_rng_states(_read(path), runtime)
+    else:
+        derive_rng_states(_read(path), rank, runtime)
 
-    name: str
-    state: Any
 
-
-def _collect(contents: Contents, leader: bool, weights: list[dict[str, Any]], files: list[_File]) -> None:
+def _collect(contents: Contents, leader: bool, weights: list[dict[str, Any]], files: list[File]) -> None:
     """Collect all states, on every process alike, though the leader alone writes most of them.
 
     A state that cannot be had is reported after the others have been collected: other processes take part in
     those.
     """
-    strategy = contents.strategy
+    strategy, save = contents.strategy, contents.runtime.backend.save
     problems: list[Exception] = []
 
     def collect(name: str, thing: Any, state: Callable[[], Any], mine: bool = leader) -> None:
         try:
             value = state()
             if mine and value is not None:
-                files.append(_File(name, plain(value, f"{type(thing).__name__} ({name})")))
+                files.append(File(name, plain(value, f"{type(thing).__name__} ({name})"), save))
         except Exception as error:
             problems.append(error)
 
@@ -232,32 +305,13 @@ def _write_shards(contents: Contents, folder: Path, agreement: Agreement) -> dic
     return shards.save(contents.strategy, models, optimizers, folder, agreement, contents.runtime.topology)
 
 
-def _write(
-    contents: Contents,
-    folder: Path,
-    safe_serialization: bool,
-    leader: bool,
-    hooks: Sequence[Callable[..., Any]],
-    weights: list[dict[str, Any]],
-    files: list[_File],
-) -> dict[str, dict[str, Any]]:
-    """Run the hooks and write this process's files; return size and checksum of each by name."""
-    collected = list(weights)
-    for hook in hooks:
-        hook(list(contents.models), weights, str(folder))
-    backend = contents.runtime.backend
-    save: Callable[[Any, Path], Any]
-    with FolderWriter(folder) as writer:
-        for index, state in _places(collected, weights) if leader else ():
-            if safe_serialization:
-                name, save = f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors", save_weights
-            else:
-                name, save = f"{_numbered(MODEL_NAME, index)}.bin", backend.save
-                state = plain(state, f"the model ({name})")
-            writer.write(name, functools.partial(save, state))
-        for file in files:
-            writer.write(file.name, functools.partial(backend.save, file.state))
-    return writer.files
+def _weights_file(contents: Contents, index: int, state: Any, safe_serialization: bool) -> File:
+    """Return the file of a model's weights."""
+    if safe_serialization:
+        check_tensors(state)
+        return File(f"{_numbered(SAFE_MODEL_NAME, index)}.safetensors", state, save_weights)
+    name = f"{_numbered(MODEL_NAME, index)}.bin"
+    return File(name, plain(state, f"the model ({name})"), contents.runtime.backend.save)
 
 
 def _places(collected: list[Any], left: list[Any]) -> list[tuple[int, Any]]:
@@ -297,10 +351,12 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is not complete", found=f"{path.name} is missing") from error
+        raise CheckpointError(
+            f"{path.parent} is damaged", found=f"{path.name} is missing", hint=atomic.others(path.parent)
+        ) from error
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read", reason=str(error).splitlines()[0], hint="an older checkpoint"
+            f"{path} cannot be read", reason=reason_of(error), hint=atomic.others(path.parent)
         ) from error
 
 

@@ -43,6 +43,21 @@ def _plain_name(name: str) -> str:
     return name.replace(_COMPILED, "")
 
 
+def check_tensors(state: dict[str, Any]) -> None:
+    """Refuse a state that safetensors cannot hold.
+
+    Raises:
+        CheckpointError: if a value is not a tensor.
+    """
+    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise CheckpointError(
+            f"the model state has values that are not tensors: {', '.join(others[:5])}",
+            reason="safetensors files hold tensors only",
+            hint="safe_serialization=False",
+        )
+
+
 def save_weights(state: dict[str, Any], path: Path) -> None:
     """Write a state dict to a safetensors file.
 
@@ -53,13 +68,7 @@ def save_weights(state: dict[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: if a value is not a tensor.
     """
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise CheckpointError(
-            f"the model state has values that are not tensors: {', '.join(others[:5])}",
-            reason="safetensors files hold tensors only",
-            hint="save_state(..., safe_serialization=False)",
-        )
+    check_tensors(state)
     kept: dict[str, torch.Tensor] = {}
     shared: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}
@@ -82,3 +91,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         shared = json.loads((file.metadata() or {}).get(_SHARED, "{}"))
     return state | {name: state[owner] for name, owner in shared.items()}
+
+
+def weight_names(path: Path) -> list[str]:
+    """Return the names in a file that `save_weights` wrote, those of shared tensors included."""
+    with safe_open(path, framework="pt") as file:
+        return [*file.keys(), *json.loads((file.metadata() or {}).get(_SHARED, "{}"))]

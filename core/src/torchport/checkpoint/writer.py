@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +19,7 @@ from torchport.checkpoint.atomic import checksum, flush
 
 _THREADS = 4  # small files share one commit of the file system's journal if they are flushed together
 _FLUSH_EVERY = 0.05  # seconds
+_PROBE = 1 << 20  # bytes that a file system which is not full takes
 
 
 class FolderWriter:
@@ -32,13 +36,20 @@ class FolderWriter:
         self.folder = folder
         self.files: dict[str, dict[str, Any]] = {}
         self._settled: dict[str, tuple[Future[None], Future[str]]] = {}
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="torchport-checkpoint")
+        self._pool = _Threads(_THREADS)
 
     def write(self, name: str, save: Callable[[Path], Any]) -> None:
         """Write a file by calling `save` with its path."""
         path = self.folder / name
-        with self._flushed_early(path), _without_zip_checksums():
-            save(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._flushed_early(path), _without_zip_checksums():
+                save(path)
+        except Exception as error:
+            refusal = _refusal(path)
+            if refusal is None or isinstance(error, OSError):
+                raise
+            raise refusal from error
         self._settled[name] = (self._pool.submit(flush, path), self._pool.submit(checksum, path))
 
     def __enter__(self) -> FolderWriter:
@@ -52,7 +63,7 @@ class FolderWriter:
         Raises:
             OSError: if a file could not be flushed or read back.
         """
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        self._pool.shutdown(cancel=error is not None)
         if error is not None:
             return
         for name, (flushed, read) in self._settled.items():
@@ -75,6 +86,63 @@ class FolderWriter:
         finally:
             written.set()
             following.cancel()
+
+
+def _refusal(path: Path) -> OSError | None:
+    """Find out whether the system takes no more of a file, such as on a full disk; writers may not say so."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return OSError(error.errno, os.strerror(error.errno or errno.EIO), path.name)
+    return None
+
+
+class _Threads:
+    """A few threads that do what they are given, also while the interpreter waits for its threads to exit.
+
+    An executor of `concurrent.futures` takes no work then, and a save in the background may still go on.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = (
+            queue.SimpleQueue()
+        )
+        self._threads = [
+            threading.Thread(target=self._work, name=f"torchport-checkpoint-{index}", daemon=True)
+            for index in range(number)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Have a function called; the future has its result."""
+        future: Future[Any] = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def shutdown(self, *, cancel: bool) -> None:
+        """Wait until all is done, or, if asked, until what has begun is done."""
+        if cancel:
+            with suppress(queue.Empty):
+                while True:
+                    self._tasks.get_nowait()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, function, arguments = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 @contextmanager

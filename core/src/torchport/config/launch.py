@@ -80,3 +80,8 @@ class LaunchConfig:
         help="Check shapes and dtypes across processes before every collective operation.",
         env=envvars.DEBUG,
     )
+    resume: str = setting(
+        "",
+        help="What the run goes on from: auto (its newest complete checkpoint, if any), or a checkpoint.",
+        env=envvars.RESUME,
+    )

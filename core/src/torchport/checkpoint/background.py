@@ -1,0 +1,211 @@
+"""Saving while training goes on: a thread, and how those of all processes agree without the process group.
+
+Collective operations belong to the main thread, which is training. The threads exchange values through the key-value
+store at which the processes met. Each says every second that it is alive, so that none waits for a process that
+has ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torchport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+BEAT = 1.0
+"""Seconds between two signs of life of a process that is saving."""
+
+LOST = 60.0
+"""Seconds without a sign of life after which a process counts as ended."""
+
+_POLL = (0.002, 0.1)  # seconds between two looks at the store: the first and the longest
+
+
+class StoreExchange:
+    """Gathers values of all processes through their key-value store; for threads other than the main one.
+
+    Args:
+        store: The store that all processes share; `None` where there is one process.
+        name: What tells this exchange from others, the same on every process.
+        rank: Index of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, store: Store | None, name: str, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._name = f"torchport/checkpoint/{name}"
+        # A client of its own: another thread may wait for a key, and clients do one thing at a time.
+        self._store: Any = store.clone() if store is not None and hasattr(store, "clone") else store
+        self._round = 0
+        self._ended = threading.Event()
+        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._beating: threading.Thread | None = None
+
+    def __enter__(self) -> StoreExchange:
+        if self.world_size > 1:
+            self._beating = threading.Thread(target=self._beat, name="torchport-checkpoint-beat", daemon=True)
+            self._beating.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Part: the process that has the store waits until the others have read what they need."""
+        try:
+            if self.world_size > 1:
+                self._part()
+        except RuntimeError:  # the store is gone, and with it all that could be cleaned up
+            pass
+        finally:
+            self._ended.set()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in order of rank.
+
+        A process that has ended counts as one that failed: `(error, None)` stands for its value.
+
+        Raises:
+            CheckpointError: if the process that collects them has ended.
+        """
+        if self.world_size == 1:
+            return [value]
+        self._round += 1
+        key = str(self._round)
+        try:
+            self._store.set(self._key(f"{key}/{self.rank}"), pickle.dumps(value))
+            if self.rank:
+                told = self._await(f"{key}/all", 0)
+                if told is None:
+                    raise CheckpointError(*_lost(0))
+                values: list[Any] = pickle.loads(told)
+                return values
+            values = []
+            for rank in range(self.world_size):
+                told = self._await(f"{key}/{rank}", rank)
+                values.append((CheckpointError(*_lost(rank)), None) if told is None else pickle.loads(told))
+            self._store.set(self._key(f"{key}/all"), pickle.dumps(values))
+            return values
+        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
+            raise CheckpointError(
+                "the processes' key-value store cannot be reached: rank 0 has ended",
+                reason=str(error).splitlines()[0],
+            ) from error
+
+    def _await(self, key: str, rank: int) -> bytes | None:
+        """Return the value of a key that another process sets; `None` if that process has ended."""
+        pause, longest = _POLL
+        place = self._key(key)
+        self._heard.pop(rank, None)
+        while not self._store.check([place]):
+            if rank != self.rank and not self._is_alive(rank):
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        value: bytes = self._store.get(place)
+        return value
+
+    def _is_alive(self, rank: int) -> bool:
+        place = self._key(f"alive/{rank}")
+        beat: bytes = self._store.get(place) if self._store.check([place]) else b""
+        before = self._heard.get(rank)
+        now = time.monotonic()
+        if before is None or before[0] != beat:
+            self._heard[rank] = (beat, now)
+            return True
+        return now - before[1] < LOST
+
+    def _beat(self) -> None:
+        number = 0
+        try:
+            while not self._ended.wait(BEAT if number else 0):
+                number += 1
+                self._store.set(self._key(f"alive/{self.rank}"), str(number))
+        except RuntimeError:  # the store is gone; whoever waits for it will say so
+            pass
+
+    def _part(self) -> None:
+        if self.rank:
+            self._fall_silent()
+        self._store.set(self._key(f"parted/{self.rank}"), "1")
+        if self.rank:
+            return
+        ranks = range(self.world_size)
+        for rank in ranks:
+            self._await(f"parted/{rank}", rank)
+        self._fall_silent()
+        names = [f"{kind}/{rank}" for kind in ("alive", "parted") for rank in ranks]
+        rounds = range(1, self._round + 1)
+        names += [f"{number}/{place}" for number in rounds for place in (*ranks, "all")]
+        for name in names:
+            self._store.delete_key(self._key(name))
+
+    def _fall_silent(self) -> None:
+        self._ended.set()
+        if self._beating is not None:
+            self._beating.join()
+
+    def _key(self, name: str) -> str:
+        return f"{self._name}/{name}"
+
+
+def _lost(rank: int) -> tuple[str]:
+    return (f"rank {rank} has ended, or has not been heard of for {LOST:g} seconds",)
+
+
+class BackgroundSave:
+    """A save that runs in a thread; the interpreter does not exit before it has ended.
+
+    Args:
+        save: What to run.
+        target: The checkpoint that it writes, for errors.
+    """
+
+    def __init__(self, save: Callable[[], Any], target: str) -> None:
+        self.target = target
+        self._save = save
+        self._error: BaseException | None = None
+        atexit.register(self._report)
+        self._thread = threading.Thread(target=self._run, name="torchport-checkpoint")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._save()
+        except BaseException as error:
+            self._error = error
+        finally:
+            del self._save  # and the snapshot with it
+
+    def wait(self) -> None:
+        """Wait until it has ended.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        self._thread.join()
+        atexit.unregister(self._report)
+        error, self._error = self._error, None
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(
+                error.problem, found=error.found, reason=error.reason, hint=error.hint
+            ) from error
+        if error is not None:
+            raise CheckpointError(
+                f"the checkpoint {self.target} could not be saved", found=f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _report(self) -> None:
+        """Say at the end of the program that it failed, where nobody has asked."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            print(f"torchport: {error}", file=sys.stderr)  # noqa: T201
