@@ -319,6 +319,18 @@ def test_each_plugins_findings_are_reported_once(site):
     assert messages == ["seen by a", "seen by b"]
 
 
+def test_what_observers_return_is_told_to_the_operator_once(site):
+    installed = observed(site, 'yield "mind the gap"')
+    assert plan(Request(), {}, installed, Topology()).warnings[-1] == "mind the gap"
+    assert plan(Request(), {}, installed, Topology()).warnings.count("mind the gap") == 1
+
+
+def test_an_observer_that_returns_no_texts_is_named(site):
+    with pytest.raises(PluginError, match=r"failed when it was shown the plan") as caught:
+        plan(Request(), {}, observed(site, "return [3]"), Topology())
+    assert "must return texts, not 3" in caught.value.reason
+
+
 def test_a_veto_reaches_the_user_as_it_is(site):
     installed = observed(site, 'raise TorchportError("not on this cluster")')
     with pytest.raises(TorchportError, match="not on this cluster"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 
 import pytest
@@ -293,3 +294,25 @@ def test_every_setting_of_a_launch_has_help_and_a_flag():
     for item in schema.settings_of(LaunchConfig):
         assert item.help.endswith("."), item.name
         assert item.flag, item.name
+
+
+@dataclasses.dataclass
+class Lists:
+    names: tuple[str, ...] = setting((), help="Names.")
+    flags: tuple[bool, bool, bool] = setting((False, False, False), help="Three of them.")
+
+
+@pytest.mark.parametrize("given", ["(true, false, no)", "[1,0,0]", "true,false,false", [True, False, False]])
+def test_items_of_a_sequence_are_converted_one_by_one(given):
+    assert schema.from_mapping(Lists, {"flags": given}, "f")["flags"] == (True, False, False)
+
+
+def test_a_sequence_of_names_may_have_any_length():
+    assert schema.from_mapping(Lists, {"names": "a, b,,c "}, "f")["names"] == ("a", "b", "c")
+    assert schema.from_mapping(Lists, {"names": []}, "f")["names"] == ()
+
+
+@pytest.mark.parametrize("given", ["true,false", "true,false,maybe", 3])
+def test_a_sequence_of_another_length_or_kind_is_refused(given):
+    with pytest.raises(ConfigurationError, match="3 values with commas, each true or false"):
+        schema.from_mapping(Lists, {"flags": given}, "f")

@@ -247,13 +247,7 @@ def _convert_one(value: Any, kind: Any) -> Any:
             else dataclasses.MISSING
         )
     if typing.get_origin(kind) in (tuple, list):
-        origin = typing.get_origin(kind)
-        items = text.split(",") if isinstance(text, str) else text
-        return (
-            origin(str(i).strip() for i in items if str(i).strip())
-            if isinstance(items, (list, tuple))
-            else dataclasses.MISSING
-        )
+        return _convert_sequence(text, kind)
     if typing.get_origin(kind) is dict:
         return _convert_mapping(text)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -265,6 +259,25 @@ def _convert_one(value: Any, kind: Any) -> Any:
         except ValueError:
             return dataclasses.MISSING
     return value if isinstance(kind, type) and isinstance(value, kind) else dataclasses.MISSING
+
+
+def _convert_sequence(value: Any, kind: Any) -> Any:
+    """Convert a list, or a text with commas (in brackets or not), and each of its items."""
+    items = value.strip("()[]").split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        return dataclasses.MISSING
+    items = [item for item in items if str(item).strip()]
+    kinds = [one for one in typing.get_args(kind) if one is not Ellipsis]
+    if len(kinds) == 1:
+        kinds *= len(items)
+    if len(kinds) != len(items):
+        return dataclasses.MISSING
+    converted = [
+        str(item).strip() if one is str else _convert(item, one)
+        for item, one in zip(items, kinds, strict=True)
+    ]
+    origin: Any = typing.get_origin(kind)
+    return dataclasses.MISSING if dataclasses.MISSING in converted else origin(converted)
 
 
 def as_text(value: Any) -> str:
@@ -298,9 +311,15 @@ def _describe(kind: Any) -> str:
         str: "a text",
         type(None): "none",
     }
-    return " or ".join(
-        names.get(member, getattr(member, "__name__", str(member))) for member in _members(kind)
-    )
+    described = []
+    for member in _members(kind):
+        if typing.get_origin(member) in (tuple, list):
+            items = [one for one in typing.get_args(member) if one is not Ellipsis]
+            count = f"{len(items)} values" if len(items) > 1 else "values"
+            described.append(f"{count} with commas, each {_describe(items[0])}")
+        else:
+            described.append(names.get(member, getattr(member, "__name__", str(member))))
+    return " or ".join(described)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

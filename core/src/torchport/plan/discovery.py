@@ -202,10 +202,10 @@ def _listen(
         installed.findings.append(lambda: _findings(report, plugin))
 
 
-def _observer(hook: Callable[..., Any], plugin: Plugin) -> Callable[[Any], None]:
-    def observe(plan: Any) -> None:
+def _observer(hook: Callable[..., Any], plugin: Plugin) -> Callable[[Any], tuple[str, ...]]:
+    def observe(plan: Any) -> tuple[str, ...]:
         try:
-            hook(plan=plan)
+            said = tuple(sentence for answer in hook(plan=plan) for sentence in _sentences(answer))
         except TorchportError:
             raise
         except Exception as error:
@@ -214,8 +214,18 @@ def _observer(hook: Callable[..., Any], plugin: Plugin) -> Callable[[Any], None]
                 reason=f"{type(error).__name__}: {error}",
                 hint=f"export TORCHPORT_DISABLE_PLUGINS={plugin.name}",
             ) from error
+        return said
 
     return observe
+
+
+def _sentences(answer: Any) -> tuple[str, ...]:
+    """Check what a plugin returned when it was shown the plan."""
+    said = (answer,) if isinstance(answer, str) else tuple(answer or ())
+    wrong = next((sentence for sentence in said if not isinstance(sentence, str)), None)
+    if wrong is not None:
+        raise TypeError(f"torchport_plan_resolved must return texts, not {wrong!r}")
+    return said
 
 
 def _findings(report: Callable[[], Iterable[Iterable[Finding]]], plugin: Plugin) -> list[Finding]:

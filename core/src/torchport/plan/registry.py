@@ -83,7 +83,8 @@ class Installed:
         denied: Names of installed plugins that an allow-list or deny-list keeps out, with the reason.
         clashes: For each (kind, name) that several plugins offer, those plugins. None of them is used.
         warnings: What an operator should hear once.
-        observers: Called with each resolved plan; may raise a `TorchportError` to veto it.
+        observers: Called with each resolved plan; returns what to tell the operator once, and may raise a
+            `TorchportError` to veto it.
         findings: Called by `doctor` for what plugins have to report.
         faulty_probes: (kind, name) of each probe that raised or did not answer with a `Probe` and a reason.
     """
@@ -94,7 +95,7 @@ class Installed:
     denied: dict[str, str] = field(default_factory=dict)
     clashes: dict[tuple[str, str], tuple[Plugin, ...]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    observers: list[Callable[[Any], None]] = field(default_factory=list)
+    observers: list[Callable[[Any], Iterable[str]]] = field(default_factory=list)
     findings: list[Callable[[], Iterable[Finding]]] = field(default_factory=list)
     faulty_probes: set[tuple[str, str]] = field(default_factory=set)
     _offered: list[Entry] = field(default_factory=list)

@@ -7,6 +7,7 @@ capabilities) is asked of `Installed`, so that the whole table of decisions can 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torchport.plan import slots
 from torchport.plan.decision import AUTOMATIC, Decision, Plan, Rejection, plain
@@ -76,9 +77,8 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
         overrides=sources.overrides(),
         warnings=(*installed.warnings, *_failures_passed_over(backend, installed)),
     )
-    for observe in installed.observers:
-        observe(made)
-    return made
+    said = [sentence for observe in installed.observers for sentence in observe(made) or ()]
+    return replace(made, warnings=(*made.warnings, *said)) if said else made
 
 
 def check_names(request: Request, environment: Mapping[str, str], installed: Installed) -> None:

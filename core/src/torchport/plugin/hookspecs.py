@@ -74,8 +74,12 @@ def torchport_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
 
 
 @hookspec
-def torchport_plan_resolved(plan: Plan) -> None:
-    """Look at the plan before anything is built from it; raise a `TorchportError` to veto it."""
+def torchport_plan_resolved(plan: Plan) -> Iterable[str] | None:
+    """Look at the plan before anything is built from it; return sentences to tell the operator once, or veto it.
+
+    Sentences join `Plan.warnings`: `torchport plan` shows them, and the main process of a run says them once. A
+    veto is a `TorchportError`, raised.
+    """
 
 
 @hookspec
