@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torchport import Accelerator, DataLoaderConfiguration, skip_first_batches
-from torchport.data.loader import prepare_data_loader
+from torchport.data.prepare import prepare_data_loader
 from torchport.data.samplers import BatchSamplerShard
 from torchport.errors import ConfigurationError
 from torchport.state import AcceleratorState
@@ -216,7 +216,7 @@ def test_a_run_saved_amid_an_epoch_goes_on_with_the_batches_it_had_left(order, t
     accelerator = run()
     resumed = loader(accelerator, 78)
     accelerator.load_state(tmp_path / "state")
-    assert batches(resumed) == expected
+    assert batches(resumed) == expected[2:]
 
 
 def test_a_run_saved_at_the_last_batch_goes_on_with_the_next_epoch(tmp_path):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ProfileKwargs,
         ProjectConfiguration,
     )
-    from torchport.data.loader import skip_first_batches
+    from torchport.data.prepare import skip_first_batches
     from torchport.distributed_type import DistributedType
     from torchport.errors import TorchportError
     from torchport.launchers import debug_launcher, notebook_launcher
@@ -58,7 +58,7 @@ _EXPORTS = {
     "load_checkpoint_in_model": "torchport.checkpoint.model_folder",
     "notebook_launcher": "torchport.launchers",
     "set_seed": "torchport.training.random",
-    "skip_first_batches": "torchport.data.loader",
+    "skip_first_batches": "torchport.data.prepare",
 }
 """Public names and the modules that define them."""
 

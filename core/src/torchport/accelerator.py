@@ -28,7 +28,7 @@ from torchport.config.kwargs import (
     ProjectConfiguration,
     first_of,
 )
-from torchport.data.loader import skip_first_batches
+from torchport.data.prepare import skip_first_batches
 from torchport.data.samplers import BatchSamplerShard, WholeBatchShard
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError
@@ -434,7 +434,7 @@ class Accelerator(ProcessControl):
             use_gather_object: Whether to gather tensors as objects, in a list.
         """
         return exchange.gather_for_metrics(
-            input_data, self.gradient_state.remainder, as_objects=use_gather_object
+            input_data, self.gradient_state.real_samples, as_objects=use_gather_object
         )
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:

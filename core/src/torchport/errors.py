@@ -94,6 +94,10 @@ class OperationError(TorchportError, RuntimeError):
     """A collective operation was called with arguments that do not fit together across processes."""
 
 
+class DataLoadingError(TorchportError, RuntimeError):
+    """The process that reads data for all could not; the message has its traceback."""
+
+
 class UnsupportedOperationError(TorchportError, NotImplementedError):
     """The chosen plugin cannot do what was asked of it."""
 

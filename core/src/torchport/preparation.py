@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchport.checkpoint.state import Contents
 from torchport.config.dynamo import TorchDynamoPlugin
 from torchport.config.kwargs import DataLoaderConfiguration
-from torchport.data.loader import prepare_data_loader
+from torchport.data.prepare import prepare_data_loader
 from torchport.errors import ConfigurationError
 from torchport.plugin.backend import Backend
 from torchport.plugin.context import RunContext
@@ -217,6 +217,7 @@ class Preparation:
             data_seed=self.loaders.data_seed,
             non_blocking=self.loaders.non_blocking,
             use_stateful_dataloader=self.loaders.use_stateful_dataloader,
+            prefetch_to_device=self.loaders.prefetch_to_device,
         )
         prepared = self.context.backend.wrap_dataloader(share, self.context.device)
         self.contents.loaders.append(prepared)

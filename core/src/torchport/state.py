@@ -160,7 +160,7 @@ class GradientState:
 
     Attributes:
         sync_gradients: Whether the current micro-batch ends its accumulation window.
-        active_dataloader: The prepared loader being iterated; the innermost if several are.
+        active_dataloader: The prepared loader that gave a batch last, of those being iterated.
         dataloader_references: The loaders being iterated, outermost first; `None` stands for none.
         plugin_kwargs: The settings of gradient accumulation that differ from their defaults.
     """
@@ -219,6 +219,11 @@ class GradientState:
     def remainder(self) -> int:
         """Number of samples in the last round of batches that are not repeated ones; -1 where all are real."""
         return -1 if self.active_dataloader is None else int(self.active_dataloader.remainder)
+
+    @property
+    def real_samples(self) -> int | tuple[int, ...]:
+        """Number of samples of the current round that are not repeated ones: `remainder`, or one for each process."""
+        return getattr(self.active_dataloader, "real_samples", None) or self.remainder
 
     def _add_dataloader(self, loader: Any) -> None:
         self.active_dataloader = loader

@@ -125,13 +125,16 @@ class DataLoaderConfiguration:
 
     Attributes:
         split_batches: Whether the loader's batch size is that of all processes together.
-        dispatch_batches: Whether the main process reads all batches and sends out shares.
+        dispatch_batches: Whether the main process reads all batches and sends the others theirs; `None`: for
+            iterable data sets.
         even_batches: Whether samples from the beginning fill up the last batches, so that all processes have
             the same number of batches of the same size.
         use_seedable_sampler: Whether shuffling depends on seed and epoch alone.
         data_seed: That seed; `None` takes PyTorch's.
         non_blocking: Whether copies to the device are asynchronous (needs pinned memory).
-        use_stateful_dataloader: Whether loaders are torchdata's `StatefulDataLoader`.
+        use_stateful_dataloader: Whether loaders are built on torchdata's `StatefulDataLoader`.
+        prefetch_to_device: Whether the next batch is copied to the device while the current one is computed on,
+            on devices with streams; it takes the memory of one more batch.
     """
 
     split_batches: bool = False
@@ -141,6 +144,7 @@ class DataLoaderConfiguration:
     data_seed: int | None = None
     non_blocking: bool = False
     use_stateful_dataloader: bool = False
+    prefetch_to_device: bool = True
 
 
 @dataclasses.dataclass

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
-from torchport.data.samplers import SeedableRandomSampler, chain, length_is_exact
+from torchport.data.iterable import Place, Read
+from torchport.data.samplers import (
+    BEGINNING,
+    SHARES,
+    SeedableRandomSampler,
+    Start,
+    batches_from,
+    chain,
+    count_from,
+    length_is_exact,
+)
 from torchport.errors import ConfigurationError
 from torchport.ops import exchange
 from torchport.runtime import Runtime
@@ -35,11 +45,36 @@ class Beginning:
 
 
 @dataclass(slots=True)
+class Resumed:
+    """The epoch that the next pass goes on with, as a checkpoint says.
+
+    Attributes:
+        beginning: The states that its order was drawn from.
+        start: Where it goes on.
+        places: Where the readers of an iterable data set with a state stood, by number.
+        next_reader: Number of the worker whose batch comes next.
+        state: What the checkpoint says, as long as it has not been acted upon.
+    """
+
+    beginning: Beginning
+    start: Start
+    places: dict[int, Place]
+    next_reader: int
+    state: dict[str, Any]
+
+
+@dataclass(slots=True)
 class Epoch:
     """One pass over a loader.
 
     Attributes:
         beginning: The states its order was drawn from; `None` until it has been drawn.
+        start: Where in the order it began.
+        step: Batches of the unshared loader that a round takes.
+        given: Rounds that have been given out since `start`.
+        places: Where the readers of an iterable data set with a state stand behind the batch given last.
+        last_reader: Number of the worker that gave it.
+        dataset: State of the data set of this process when the pass began, pickled.
         looks_ahead: Whether the sampler is asked for one item ahead, to know which is the last.
         handed: How many items the sampler has handed out, if it looks ahead.
         ended: Whether that was all of them.
@@ -48,11 +83,23 @@ class Epoch:
     """
 
     beginning: Beginning | None = None
+    start: Start = BEGINNING
+    step: int = 1
+    given: int = 0
+    places: dict[int, Place] = field(default_factory=dict)
+    last_reader: int = -1
+    dataset: bytes | None = None
     looks_ahead: bool = False
     handed: int = 0
     ended: bool = False
     finished: bool = False
     before: tuple[torch.Tensor, torch.Generator | None, torch.Tensor | None] | None = None
+
+    def take(self, read: Read) -> None:
+        """Note that a batch of an iterable data set is given out."""
+        self.last_reader = read.worker
+        if read.place is not None:
+            self.places[read.worker] = read.place
 
     def shelter(self, generator: torch.Generator | None) -> None:
         """Remember the states of PyTorch's generator and of the given one."""
@@ -73,13 +120,13 @@ class Order:
 
     Attributes:
         running: The pass that has begun and not ended.
-        resumed: The beginning that the next pass repeats, as a checkpoint says.
+        resumed: The pass that the next one goes on with, as a checkpoint says.
         workers_are_seeded: Whether workers that persist have drawn their seed.
     """
 
     def __init__(self) -> None:
         self.running: Epoch | None = None
-        self.resumed: Beginning | None = None
+        self.resumed: Resumed | None = None
         self.workers_are_seeded = False
 
     def end(self, epoch: Epoch) -> None:
@@ -106,16 +153,22 @@ class Order:
             )
             yield
             return
-        epoch.beginning = Beginning(resumed.generator, resumed.host, number)
-        if generator is not None and resumed.generator is not None:
-            generator.set_state(resumed.generator)
+        drawn = resumed.beginning
+        epoch.beginning = Beginning(drawn.generator, drawn.host, number)
+        holder = generator_holder(sampler) if generator is not None and drawn.generator is None else None
+        if generator is not None and drawn.generator is not None:
+            generator.set_state(drawn.generator)
+        elif holder is not None:  # saved by one process, whose order came from PyTorch's own generator
+            holder.generator = None
         here = host_rng_states()
-        if resumed.host is not None:
-            set_host_rng_states(resumed.host)
+        if drawn.host is not None:
+            set_host_rng_states(drawn.host)
         try:
             yield
         finally:
             set_host_rng_states(here)
+            if holder is not None:
+                holder.generator = generator
 
 
 class RememberedSampler:
@@ -134,8 +187,8 @@ class RememberedSampler:
 
     def _items(self, epoch: Epoch) -> Iterator[Any]:
         epoch.go_back()
-        iterator = iter(self.sampler)
         with self.order.drawing(epoch, self.sampler, self.generator, from_host=draws_from_host(self.sampler)):
+            iterator = share_from(self.sampler, epoch.start)
             following = next(iterator, _END)
         if epoch.looks_ahead:
             while following is not _END:
@@ -146,6 +199,27 @@ class RememberedSampler:
         elif following is not _END:
             yield following
             yield from iterator
+
+
+def share_from(sampler: Any, start: Start) -> Iterator[Any]:
+    """Yield what a loader's sampler, or its share of a user's, gives behind a place in the order."""
+    if start is BEGINNING:
+        return iter(sampler)
+    if isinstance(sampler, SHARES):
+        return sampler.iterate(start)
+    return batches_from(sampler, start)
+
+
+def share_length(sampler: Any, start: Start) -> int:
+    """Return how much `share_from` gives."""
+    if isinstance(sampler, SHARES):
+        return sampler.length_from(start)
+    return count_from(sampler, start)
+
+
+def generator_holder(sampler: Any) -> Any:
+    """Return the sampler, of those inside one another, that has a generator; `None` if none has."""
+    return next((holder for holder in chain(sampler) if hasattr(holder, "generator")), None)
 
 
 def epoch_counter(sampler: Any) -> Any:

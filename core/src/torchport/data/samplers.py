@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,25 @@ from torch.utils.data import (
 )
 
 from torchport.errors import ConfigurationError
+
+EVERY = -1
+"""Stands for all processes, where one reads for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A place in the order of an epoch, which all processes share.
+
+    Attributes:
+        batches: Batches before it, as the unshared sampler gives them.
+        samples: Samples before it in the batch that follows those: batches begin anew behind them.
+    """
+
+    batches: int = 0
+    samples: int = 0
+
+
+BEGINNING = Start()
 
 
 class SeedableRandomSampler(RandomSampler):
@@ -56,7 +76,7 @@ class BatchSamplerShard(BatchSampler):
     Args:
         batch_sampler: The sampler of whole batches.
         num_processes: Number of processes.
-        process_index: Index of this process.
+        process_index: Index of this process; `EVERY` gives the batches of all, one after the other in each round.
         split_batches: Whether each batch is cut into parts, rather than given whole to one process.
         even_batches: Whether to fill up the last round from the beginning.
 
@@ -105,60 +125,74 @@ class BatchSamplerShard(BatchSampler):
     @property
     def length_is_exact(self) -> bool:
         """Whether `len` is the number of batches, rather than what a user's sampler claims."""
-        if self.split_batches and not _takes_batches_of_a_sampler(self.batch_sampler):
+        if self.split_batches and not takes_batches_of_a_sampler(self.batch_sampler):
             return False  # parts of a batch of unknown size may be empty
         return length_is_exact(self.batch_sampler)
 
     def __len__(self) -> int:
-        total = len(self.batch_sampler)
+        return self.length_from(BEGINNING)
+
+    def length_from(self, start: Start) -> int:
+        """Return the number of batches given behind a place in the order."""
+        return sum(self._length(start, rank) for rank in _ranks(self))
+
+    def _length(self, start: Start, rank: int) -> int:
+        total = count_from(self.batch_sampler, start)
         if self.split_batches:
-            return total - self._misses_last_part(total)
+            return total - self._misses_last_part(total, start, rank)
         rounds, left = divmod(total, self.num_processes)
         if left == 0 or self.drop_last:
             return rounds
-        return rounds + 1 if self.even_batches else rounds + (self.process_index < left)
+        return rounds + 1 if self.even_batches else rounds + (rank < left)
 
-    def _misses_last_part(self, total: int) -> bool:
-        """Whether the last of `total` batches is too short to give this process a part."""
-        if self.even_batches or self.drop_last or not total or self.batch_size is None:
+    def _misses_last_part(self, total: int, start: Start, rank: int) -> bool:
+        """Whether the last of `total` batches is too short to give a process a part."""
+        if self.even_batches or self.drop_last or total < 1 or self.batch_size is None:
             return False
-        if not _takes_batches_of_a_sampler(self.batch_sampler):
+        if not takes_batches_of_a_sampler(self.batch_sampler):
             return False
-        last = len(self.batch_sampler.sampler) - (total - 1) * self.batch_size
-        return bool(-(-last // self.num_processes) * self.process_index >= last)
+        before = start.batches * self.batch_size + start.samples
+        last = len(self.batch_sampler.sampler) - before - (total - 1) * self.batch_size
+        return bool(-(-last // self.num_processes) * rank >= last)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        self._check_size()  # `even_batches` may have been overridden meanwhile
-        self.remainder = -1
-        return self._parts() if self.split_batches else self._turns()
+        return self.iterate(BEGINNING)
 
-    def _parts(self) -> Iterator[list[Any]]:
+    def iterate(self, start: Start) -> Iterator[list[Any]]:
+        """Yield the batches behind a place in the order; what is before it is drawn and not given."""
+        self._check_size()  # `even_batches` may have been overridden meanwhile
+        self.remainder, ranks = -1, _ranks(self)
+        return self._parts(start, ranks) if self.split_batches else self._turns(start, ranks)
+
+    def _parts(self, start: Start, ranks: Sequence[int]) -> Iterator[list[Any]]:
         """Cut each batch into parts."""
-        first: list[Any] = []
-        for batch in self.batch_sampler:
-            first = first or list(batch)
+        seen: list[Any] = []
+        for batch in batches_from(self.batch_sampler, start, seen.extend):
+            seen = seen or list(batch)
             whole = self.batch_size or len(batch)
             self.remainder = -1
             if len(batch) < whole and self.even_batches:
                 self.remainder = len(batch)
-                batch = _fill(list(batch), first, whole)
+                batch = _fill(list(batch), seen, whole)
             part = -(-len(batch) // self.num_processes)
-            share = batch[part * self.process_index : part * (self.process_index + 1)]
-            if share:
-                yield share
+            for rank in ranks:
+                share = batch[part * rank : part * (rank + 1)]
+                if share:
+                    yield share
 
-    def _turns(self) -> Iterator[list[Any]]:
+    def _turns(self, start: Start, ranks: Sequence[int]) -> Iterator[list[Any]]:
         """Give whole batches to processes in turn, holding back a turn until the next one begins."""
         size = self.batch_size
         seen: list[Any] = []  # the beginning, to fill up the end with
         held: list[list[Any]] = []  # the last complete turn
         turn: list[list[Any]] = []
-        for batch in self.batch_sampler:
+        for batch in batches_from(self.batch_sampler, start, seen.extend):
             batch = list(batch)
             if size is not None and len(seen) < size * self.num_processes:
                 seen += batch
             if held:
-                yield held[self.process_index]
+                for rank in ranks:
+                    yield held[rank]
                 held = []
             turn.append(batch)
             if len(turn) == self.num_processes:
@@ -167,15 +201,15 @@ class BatchSamplerShard(BatchSampler):
             return
         last = held or turn
         if not self.even_batches or (held and (self.drop_last or min(map(len, last)) >= size)):
-            if self.process_index < len(last):
-                yield last[self.process_index]
+            yield from (last[rank] for rank in ranks if rank < len(last))
             return
         samples = [sample for batch in last for sample in batch]
         share = max(size, -(-len(samples) // self.num_processes))
         if len(samples) < share * self.num_processes:
             self.remainder = len(samples)
         samples = _fill(samples, seen, share * self.num_processes)
-        yield samples[share * self.process_index : share * (self.process_index + 1)]
+        for rank in ranks:
+            yield samples[share * rank : share * (rank + 1)]
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to every sampler inside that takes one."""
@@ -196,7 +230,7 @@ class WholeBatchShard(Sampler[Any]):
     Args:
         sampler: The sampler of indices.
         num_processes: Number of processes.
-        process_index: Index of this process.
+        process_index: Index of this process; `EVERY` gives the batches of all, one after the other in each round.
         even_batches: Whether processes that would get nothing in the last round repeat its first batch;
             `remainder` then tells how many batches of that round are not repeated.
     """
@@ -214,58 +248,39 @@ class WholeBatchShard(Sampler[Any]):
         return length_is_exact(self.sampler)
 
     def __len__(self) -> int:
-        rounds, left = divmod(len(self.sampler), self.num_processes)
-        return rounds + (self.process_index < left or (self.even_batches and left > 0))
+        return self.length_from(BEGINNING)
+
+    def length_from(self, start: Start) -> int:
+        """Return the number of batches given behind a place in the order."""
+        rounds, left = divmod(count_from(self.sampler, start), self.num_processes)
+        return sum(rounds + (rank < left or (self.even_batches and left > 0)) for rank in _ranks(self))
 
     def __iter__(self) -> Iterator[Any]:
-        self.remainder = -1
+        return self.iterate(BEGINNING)
+
+    def iterate(self, start: Start) -> Iterator[Any]:
+        """Yield the batches behind a place in the order; what is before it is drawn and not given."""
+        self.remainder, ranks = -1, _ranks(self)
         turn: list[Any] = []
-        for index in self.sampler:
+        for index in batches_from(self.sampler, start):
             turn.append(index)
             if len(turn) == self.num_processes:
-                yield turn[self.process_index]
+                yield from (turn[rank] for rank in ranks)
                 turn = []
-        if self.process_index < len(turn) or (turn and self.even_batches):
-            self.remainder = len(turn) if self.even_batches else -1
-            yield turn[self.process_index if self.process_index < len(turn) else 0]
+        if not turn:
+            return
+        self.remainder = len(turn) if self.even_batches else -1
+        for rank in ranks:
+            if rank < len(turn) or self.even_batches:
+                yield turn[rank if rank < len(turn) else 0]
 
 
-class SkipBatchSampler(BatchSampler):
-    """A batch sampler without its first batches.
-
-    Args:
-        batch_sampler: The sampler of batches.
-        skip_batches: How many to leave out.
-    """
-
-    def __init__(self, batch_sampler: Any, skip_batches: int = 0) -> None:
-        self.batch_sampler = batch_sampler
-        self.skip_batches = skip_batches
-        self.batch_size: Any = getattr(batch_sampler, "batch_size", None)
-        self.drop_last = bool(getattr(batch_sampler, "drop_last", False))
-
-    @property
-    def remainder(self) -> int:
-        """As the wrapped sampler says."""
-        return int(getattr(self.batch_sampler, "remainder", -1))
-
-    @property
-    def length_is_exact(self) -> bool:
-        """Whether `len` is the number of batches, rather than what a user's sampler claims."""
-        return length_is_exact(self.batch_sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to every sampler inside that takes one."""
-        set_epoch(self.batch_sampler, epoch)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return itertools.islice(iter(self.batch_sampler), self.skip_batches, None)
-
-    def __len__(self) -> int:
-        return max(0, len(self.batch_sampler) - self.skip_batches)
+def _ranks(share: Any) -> Sequence[int]:
+    """Return the processes whose batches a share gives."""
+    return range(share.num_processes) if share.process_index == EVERY else (share.process_index,)
 
 
-SHARES = (BatchSamplerShard, WholeBatchShard, SkipBatchSampler)
+SHARES = (BatchSamplerShard, WholeBatchShard)
 """The samplers that wrap a user's."""
 
 _EXACT = (
@@ -288,10 +303,52 @@ def length_is_exact(sampler: Any) -> bool:
     return length_is_exact(sampler.sampler) if iterate is BatchSampler.__iter__ else True
 
 
-def _takes_batches_of_a_sampler(sampler: Any) -> bool:
+def takes_batches_of_a_sampler(sampler: Any) -> bool:
     """Whether every batch has the same size but the last, which has what is left of the sampler's samples."""
     kind = type(sampler)
     return getattr(kind, "__iter__", None) is BatchSampler.__iter__ and length_is_exact(sampler)
+
+
+def batches_from(
+    sampler: Any, start: Start, skipped: Callable[[list[Any]], Any] | None = None
+) -> Iterator[Any]:
+    """Yield the items of a sampler behind a place in its order.
+
+    Args:
+        sampler: A sampler of batches or, with a place of whole items, of anything.
+        start: The place. Items before it are drawn and not given.
+        skipped: Called with each batch before it.
+    """
+    source = iter(sampler)
+    for item in itertools.islice(source, start.batches):
+        if skipped is not None:
+            skipped(list(item))
+    return _regrouped(source, sampler, start.samples, skipped) if start.samples else source
+
+
+def _regrouped(
+    source: Iterator[Any], sampler: Any, samples: int, skipped: Callable[[list[Any]], Any] | None
+) -> Iterator[Any]:
+    """Yield batches that begin in the middle of the sampler's."""
+    flat = (sample for batch in source for sample in batch)
+    before = list(itertools.islice(flat, samples))
+    if skipped is not None:
+        skipped(before)
+    while batch := list(itertools.islice(flat, sampler.batch_size)):
+        if len(batch) < sampler.batch_size and sampler.drop_last:
+            return
+        yield batch
+
+
+def count_from(sampler: Any, start: Start) -> int:
+    """Return the number of items of a sampler behind a place in its order."""
+    total = len(sampler)
+    if not start.samples:
+        return max(0, total - start.batches)
+    size = sampler.batch_size
+    whole = total * size if sampler.drop_last else len(sampler.sampler)
+    left = max(0, whole - start.batches * size - start.samples)
+    return int(left // size if sampler.drop_last else -(-left // size))
 
 
 def chain(sampler: Any) -> Iterator[Any]:

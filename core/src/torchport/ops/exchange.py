@@ -5,6 +5,7 @@ With one process every operation returns what it was given (copied where a resul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,19 +74,28 @@ def gather_object(object: Any) -> list[Any]:
     return [item for items in _group.collectives.all_gather_object(mine) for item in items]
 
 
-def gather_for_metrics(data: Any, remainder: int, *, as_objects: bool = False) -> Any:
+def gather_for_metrics(data: Any, remainder: int | Sequence[int], *, as_objects: bool = False) -> Any:
     """Gather the results of a batch, without those of samples that only filled up the last round.
 
     Args:
         data: Tensors of one shape on all processes; anything else is gathered as objects.
-        remainder: Number of results to keep; 0 or less keeps all.
+        remainder: Number of results to keep, or a number for each process; 0 or less keeps all.
         as_objects: Whether to gather tensors as objects, in a list.
     """
     if as_objects or not all_tensors(data):
-        objects = gather_object(data)
-        return objects[:remainder] if remainder > 0 else objects
+        if isinstance(remainder, int) or _group.collectives is None:
+            objects = gather_object(data)
+            return objects[:remainder] if isinstance(remainder, int) and remainder > 0 else objects
+        mine = list(data) if isinstance(data, (list, tuple)) else [data]
+        return gather_object(mine[: remainder[_group.rank]])
     gathered = gather(data)
-    return slice_tensors(gathered, slice(remainder)) if remainder > 0 else gathered
+    if isinstance(remainder, int):
+        return slice_tensors(gathered, slice(remainder)) if remainder > 0 else gathered
+
+    def kept(leaf: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part[:n] for part, n in zip(leaf.chunk(len(remainder)), remainder, strict=True)])
+
+    return recursively_apply(kept, gathered)
 
 
 def broadcast(tensor: Any, from_process: int = 0) -> Any:

@@ -116,6 +116,20 @@ class Backend(ABC):
         context: AbstractContextManager[Any] = nullcontext() if stream is None else self.module.stream(stream)
         return context
 
+    def join_stream(self, stream: Any, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+        """Make the work that is queued from now on wait for `stream`, and use tensors that were made there.
+
+        Args:
+            stream: What `stream` returned.
+            tensors: The tensors; their memory is not used again before that work is done.
+            device: Their device.
+        """
+        if stream is not None:
+            current = self.module.current_stream(device)
+            current.wait_stream(stream)
+            for tensor in tensors:
+                tensor.record_stream(current)
+
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return `tensor` in page-locked host memory where that makes its copy to the device asynchronous."""
         return tensor.pin_memory() if self.capabilities().pinned_memory else tensor

@@ -160,6 +160,19 @@ class Collectives(ABC):
         dist.broadcast(tensor, source)
         return tensor
 
+    def scatter(
+        self, tensor: torch.Tensor, parts: list[torch.Tensor] | None = None, source: int = 0
+    ) -> torch.Tensor:
+        """Overwrite `tensor` on each process by its part of what rank `source` holds, and return it.
+
+        Args:
+            tensor: Where this process's part goes; any shape and dtype, the same on every process.
+            parts: On rank `source`, one part for each process; elsewhere `None`.
+            source: The rank that holds them.
+        """
+        dist.scatter(tensor, parts, source)
+        return tensor
+
     def barrier(self) -> None:
         """Wait until every process has come here."""
         dist.barrier()

@@ -51,6 +51,8 @@ class AccumulationWindow:
         self._item_scale: float | None = None
         self._models: tuple[torch.nn.Module, ...] = ()
         self._inside = False
+        self._loader: Any = None
+        self._counts: dict[int, Any] = {}
         self._contexts: list[AbstractContextManager[Any]] = []
         self._backward: Callable[..., None] = torch.Tensor.backward
         self._held: list[Callable[[Sequence[torch.nn.Module]], list[torch.Tensor]]] = []
@@ -77,7 +79,7 @@ class AccumulationWindow:
             self.done = 1
             gradients.sync_gradients = True
             return self
-        loader = gradients.active_dataloader if gradients.plugin.sync_with_dataloader else None
+        loader = self._followed() if gradients.plugin.sync_with_dataloader else None
         if self.done == 0:
             self._open(loader)
         self.done += 1
@@ -100,6 +102,24 @@ class AccumulationWindow:
         self.items = self.weight = None
         self._unsettled = False
         self.gradients.sync_gradients = True
+
+    def _followed(self) -> Any:
+        """Return the loader whose end ends the window: the one that gives a batch for every micro-batch.
+
+        A loader that is only held open, as by `iter(validation_loader)`, is not followed. Where several give
+        batches, it is the one whose epoch began first; where none has given one, the same as before.
+        """
+        loaders = self.gradients.dataloader_references[1:]
+        counts = {id(loader): getattr(loader, "batches_given", None) for loader in loaders}
+        before, self._counts = self._counts, counts
+        if len(loaders) > 1 or (before and loaders):
+            drawn = [
+                one for one in loaders if counts[id(one)] is None or before.get(id(one)) != counts[id(one)]
+            ]
+            same = [one for one in loaders if one is self._loader]
+            loaders = [one for one in drawn if one is self._loader] or drawn or same
+        self._loader = loaders[0] if loaders else None
+        return self._loader
 
     def _open(self, loader: Any) -> None:
         """Plan a new window: shorter if the loader has fewer batches left."""

@@ -1,0 +1,107 @@
+"""Loaders built on torchdata's `StatefulDataLoader`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from torchport.data.dispatcher import DataLoaderDispatcher
+from torchport.data.loader import DataLoaderShard
+from torchport.data.order import Epoch
+from torchport.errors import ConfigurationError, UnsupportedOperationError
+
+
+def stateful_loader(
+    kind: type, source: Any, own: dict[str, Any], settings: dict[str, Any]
+) -> DataLoaderShard:
+    """Make a share whose batches are read by a `StatefulDataLoader`.
+
+    Args:
+        kind: The kind of loader it would be otherwise.
+        source: A loader with an `__iter__` of its own.
+        own: Arguments of `DataLoaderShard`.
+        settings: Arguments of `DataLoader`.
+
+    Raises:
+        UnsupportedOperationError: if torchdata is not installed.
+        ConfigurationError: if batches are to be dispatched, or come from a loader of the user's.
+    """
+    if kind is DataLoaderDispatcher or source is not None:
+        found = "a loader with an __iter__ of its own" if source is not None else "dispatch_batches"
+        raise ConfigurationError(
+            "use_stateful_dataloader lets each process read its share with torchdata",
+            found=found,
+            hint="dispatch_batches=False, or leave use_stateful_dataloader out: every loader can be resumed exactly",
+        )
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+    except ImportError as error:
+        raise UnsupportedOperationError(
+            "use_stateful_dataloader=True needs torchdata",
+            found=str(error),
+            hint="pip install 'torchdata>=0.8'; or leave it out: every loader can be resumed exactly without it",
+        ) from error
+    return StatefulShard(reader=StatefulDataLoader, **own, **settings)
+
+
+class StatefulShard(DataLoaderShard):
+    """The share of one process, read by a `StatefulDataLoader`, whose own state a checkpoint holds.
+
+    Attributes:
+        reader: The `StatefulDataLoader`.
+
+    Args:
+        dataset: The data set.
+        reader: The class of the reader.
+        **kwargs: As for `DataLoaderShard`.
+    """
+
+    def __init__(self, dataset: Any, reader: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self._reader_class = reader
+        names = (
+            "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+            "generator", "prefetch_factor", "persistent_workers",
+        )  # fmt: skip
+        settings = {name: getattr(self, name) for name in names}
+        if isinstance(self.dataset, IterableDataset):
+            settings |= {"batch_size": self.batch_size, "drop_last": self.drop_last}
+        elif self.batch_sampler is None:
+            settings |= {"batch_size": None, "sampler": self.sampler}
+        else:
+            settings |= {"batch_sampler": self.batch_sampler}
+        self.reader = reader(self.dataset, **settings)
+        self._reader_state: Any = None
+
+    def order_state(self) -> dict[str, Any]:
+        """Return what the next epoch is drawn from and, amid one, the reader's state."""
+        state = super().order_state()
+        return state | {"reader": self._reader_state if state["amid_epoch"] else None}
+
+    def load_order_state(self, state: dict[str, Any]) -> None:
+        """Go on, with the next pass, from where `order_state` was called."""
+        super().load_order_state(state)
+        if self.order.resumed is not None and state.get("reader") is not None:
+            self.reader.load_state_dict(state["reader"])
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch = self._begin()
+        resumed = self.order.resumed
+        reads_on = resumed is not None and not self.from_beginning and resumed.state.get("reader") is not None
+        epoch.dataset = None
+        with self.order.drawing(epoch, self.given_sampler, self.synchronized_generator, from_host=True):
+            batches = iter(self.reader)
+            first = list(itertools.islice(batches, 1))
+        skipped = 0 if reads_on else self.skip_batches
+        return self._look_ahead(self._with_states(itertools.chain(first, batches), skipped), epoch)
+
+    def _with_states(self, batches: Iterator[Any], skipped: int) -> Iterator[Any]:
+        for batch in itertools.islice(batches, skipped, None):
+            yield batch, self.reader.state_dict()
+
+    def _take(self, read: Any, epoch: Epoch) -> Any:
+        batch, self._reader_state = read
+        return super()._take(batch, epoch)
