@@ -109,6 +109,8 @@ class Accelerator(ProcessControl):
         handlers = tuple(kwargs_handlers or ())
         slots["collectives"] = collectives or first_of(handlers, InitProcessGroupKwargs).backend
         arguments = resolve_keywords(aliases, slots, known=_PARAMETERS)
+        if Runtime.current is None:
+            GradientState._reset_state()  # what a run that has ended left is not for this one
         self._runtime = Runtime.open(Request(arguments=arguments, asked_by="Accelerator", handlers=handlers))
         self._runtime.check_handlers(handlers)
         self.state = AcceleratorState()
