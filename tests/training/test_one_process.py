@@ -410,6 +410,39 @@ def test_profile_writes_a_trace_per_rank(tmp_path):
         pass
 
 
+def test_a_run_begins_with_the_accumulation_of_its_own_accelerator_not_of_the_run_before():
+    before = Accelerator(gradient_accumulation_steps=4)
+    model = before.prepare(network())
+    with before.accumulate(model):  # the first of four micro-batches: the window stays open
+        before.backward(model(torch.ones(1, 3)).sum())
+    assert not before.sync_gradients
+    before.end_training()
+    accelerator = Accelerator()
+    assert accelerator.gradient_accumulation_steps == 1
+    model = network()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    weight = model.weight.detach().clone()
+    accelerator.backward(model(torch.ones(1, 3)).sum())
+    optimizer.step()
+    assert torch.equal(model.weight, weight - model.weight.grad)
+    assert not torch.equal(model.weight, weight)
+
+
+def test_a_profile_whose_schedule_skips_every_step_warns_instead_of_failing_after_the_training(tmp_path):
+    folder = tmp_path / "traces"
+    handler = ProfileKwargs(
+        schedule_option={"wait": 5, "warmup": 1, "active": 1}, output_trace_dir=str(folder)
+    )
+    accelerator = Accelerator(kwargs_handlers=[handler])
+    recording = accelerator.profile()
+    profiler = recording.__enter__()
+    profiler.step()
+    profiler.step()
+    with pytest.warns(UserWarning, match="nothing was recorded.* skips all of the 2 steps"):
+        recording.__exit__(None, None, None)
+    assert not folder.exists()
+
+
 def test_models_spread_by_a_device_map_are_recognised():
     accelerator = Accelerator()
     model = network()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ def profile(handler: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profil
     Args:
         handler: What to record.
         rank: Index of this process, for the name of its trace, `profile_{rank}.json`.
+
+    Warns:
+        UserWarning: on rank 0, if a trace was wanted and the schedule skipped every step.
 
     Raises:
         ConfigurationError: for an activity or a schedule option that PyTorch does not know.
@@ -45,10 +49,22 @@ def profile(handler: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profil
             ) from error
     with torch.profiler.profile(**options) as profiler:
         yield profiler
-    if handler.output_trace_dir is not None:
-        folder = Path(handler.output_trace_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"profile_{rank}.json"))
+    if handler.output_trace_dir is None:
+        return
+    if profiler.profiler is None:
+        if rank == 0:
+            warnings.warn(_nothing_recorded(handler, profiler.step_num), stacklevel=3)
+        return
+    folder = Path(handler.output_trace_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"profile_{rank}.json"))
+
+
+def _nothing_recorded(handler: ProfileKwargs, steps: int) -> str:
+    return (
+        f"nothing was recorded, and {handler.output_trace_dir} gets no trace: schedule_option="
+        f"{handler.schedule_option} skips all of the {steps} steps; profiler.step() must be called after each"
+    )
 
 
 def _activity(name: str) -> Any:
