@@ -8,6 +8,7 @@ The precision is not named in the script: `--precision`, `TORCHPORT_PRECISION` o
 import argparse
 
 import torch
+from arguments import at_least_one
 from digits import accuracy, digits, network
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training images")
-    parser.add_argument("--accumulate", type=int, default=4, help="micro-batches per optimizer step")
+    parser.add_argument("--epochs", type=at_least_one, default=4, help="passes over the training images")
+    parser.add_argument("--accumulate", type=at_least_one, default=4, help="micro-batches per optimizer step")
     args = parser.parse_args()
 
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulate)

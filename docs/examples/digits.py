@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import at_least_one
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -54,8 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per process and step")
+    parser.add_argument("--epochs", type=at_least_one, default=8, help="passes over the training images")
+    parser.add_argument("--batch-size", type=at_least_one, default=16, help="images per process and step")
     parser.add_argument("--output-dir", default="runs/digits", help="where the checkpoint goes")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, https://ar
 import argparse
 
 import torch
+from arguments import at_least_one
 from digits import accuracy, digits, network
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training images")
+    parser.add_argument("--epochs", type=at_least_one, default=4, help="passes over the training images")
     parser.add_argument("--local-steps", type=int, default=8, help="steps between averages; 0: synchronous")
     args = parser.parse_args()
 
