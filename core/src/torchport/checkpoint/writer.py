@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -46,7 +47,9 @@ class FolderWriter:
             with self._flushed_early(path), _without_zip_checksums():
                 save(path)
         except Exception as error:
-            refusal = _refusal(path)
+            refusal = _refusal(error, path)
+            with suppress(OSError):  # PyTorch's writer keeps the file open, and with it the space of the disk
+                os.truncate(path, 0)
             if refusal is None or isinstance(error, OSError):
                 raise
             raise refusal from error
@@ -88,15 +91,17 @@ class FolderWriter:
             following.cancel()
 
 
-def _refusal(path: Path) -> OSError | None:
-    """Find out whether the system takes no more of a file, such as on a full disk; writers may not say so."""
+def _refusal(error: Exception, path: Path) -> OSError | None:
+    """Find out whether the system takes no more of a file, such as on a full disk; not all writers say so."""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), path.name)
     try:
         with path.open("ab") as file:
             file.write(bytes(_PROBE))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        return OSError(error.errno, os.strerror(error.errno or errno.EIO), path.name)
+    except OSError as refused:
+        return OSError(refused.errno, os.strerror(refused.errno or errno.EIO), path.name)
     return None
 
 
