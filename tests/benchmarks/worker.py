@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 import warnings
 from collections import deque
@@ -135,10 +136,12 @@ def save(rounds: int, megabytes: int, folder: Path) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
 
+    accelerator = _accelerator(model, optimizer)
     contestants: dict[str, Callable[[Path], Any]] = {
         "torch.save": by_hand,
         "torch.save + fsync": by_hand_and_flushed,
-        "torchport": _torchport_save(model, optimizer),
+        "torchport": accelerator.save_state,
+        BACKGROUND: lambda target: accelerator.save_state(target, blocking=False),
         "accelerate": _accelerate_save(model, optimizer),
         "fabric": _fabric_save(model, optimizer),
     }
@@ -153,22 +156,49 @@ def save(rounds: int, megabytes: int, folder: Path) -> dict[str, Any]:
             os.sync()  # nobody pays for what another has left to be written
             started = time.perf_counter()
             contestants[name](target)
-            return time.perf_counter() - started
+            taken = time.perf_counter() - started
+            accelerator.wait_for_checkpoint()
+            return taken
 
         return measure
 
     measures = {name: timed(number, name) for number, name in enumerate(contestants)}
+    extra = {name: _extra_memory(measures[name]) for name in ("torchport", BACKGROUND)}
     for measure in measures.values():
         measure()
-    return {"bytes": size, "wall": alternate(measures, rounds)}
+    return {"bytes": size, "extra": extra, "wall": alternate(measures, rounds)}
 
 
-def _torchport_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Path], Any]:
+BACKGROUND = "torchport, blocking=False"
+
+
+def _extra_memory(call: Callable[[], Any]) -> int:
+    """Return by how many bytes the memory of this process grows while something runs for the first time."""
+    page, ended, seen = os.sysconf("SC_PAGE_SIZE"), threading.Event(), []
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            seen.append(resident())
+
+    before = resident()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    seen.append(resident())
+    ended.set()
+    watcher.join()
+    return max(seen) - before
+
+
+def _accelerator(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     from torchport import Accelerator
 
     accelerator = Accelerator()
     accelerator.prepare(model, optimizer)
-    return accelerator.save_state
+    return accelerator
 
 
 def _accelerate_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Path], Any]:
