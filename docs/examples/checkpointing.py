@@ -3,8 +3,9 @@
     torchport launch --num-processes 2 docs/examples/checkpointing.py
 
 Press Ctrl-C, or kill it, at any time; then give the same command again. It goes on with the batch after the newest
-complete checkpoint, and ends with the result of an uninterrupted run. A checkpoint appears in one piece: one that
-was being written when the process died is not there. The two newest are kept. Look at `manifest.json` inside one.
+complete checkpoint, and ends with the result of an uninterrupted run, even with another number of processes. Amid an
+epoch a checkpoint is written while the training goes on (`blocking=False`); it appears in one piece, so one that was
+being written when the process died is not there. The two newest are kept. Look at `manifest.json` inside one.
 
 After a finished run there is nothing left to do; `--output-dir` elsewhere begins anew.
 """
@@ -17,22 +18,7 @@ from arguments import at_least_one
 from digits import accuracy, digits, network
 from torch import nn
 from torch.utils.data import DataLoader
-from torchport import Accelerator, DataLoaderConfiguration, ProjectConfiguration, set_seed
-
-
-class Progress:
-    """Where the training is: saved in each checkpoint, with models, optimizers, loaders and random numbers."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.batches = 0  # of this epoch
-        self.loss = 0.0  # sum over them
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+from torchport import Accelerator, DataLoaderConfiguration, Progress, ProjectConfiguration, set_seed
 
 
 def main() -> None:
@@ -49,6 +35,7 @@ def main() -> None:
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, automatic_checkpoint_naming=True, total_limit=2
         ),
+        resume="auto",
     )
     set_seed(42)
     training, held_out = digits()
@@ -60,10 +47,9 @@ def main() -> None:
         DataLoader(training, batch_size=64, shuffle=True, drop_last=True),
         DataLoader(held_out, batch_size=64),
     )
-    progress = Progress()
+    progress = Progress(epoch=0, batches=0, loss=0.0)  # batches and the sum of their losses: of this epoch
     accelerator.register_for_checkpointing(progress)
-    if any(Path(args.output_dir, "checkpoints").glob("checkpoint_*")):
-        accelerator.load_state()  # the newest complete one
+    if accelerator.resume():  # the newest complete checkpoint, if there is one
         accelerator.print(f"resumed in epoch {progress.epoch + 1} after {progress.batches} batches")
 
     while progress.epoch < args.epochs:
@@ -76,14 +62,15 @@ def main() -> None:
             progress.batches += 1
             progress.loss += accelerator.reduce(loss, "mean").item()
             if progress.batches % args.save_every == 0:
-                accelerator.print(f"saved {Path(accelerator.save_state()).name}", flush=True)
+                folder = accelerator.save_state(blocking=False)
+                accelerator.print(f"saving {Path(folder).name}", flush=True)
         accelerator.print(f"epoch {progress.epoch + 1}: mean loss {progress.loss / progress.batches:.6f}")
         progress.epoch, progress.batches, progress.loss = progress.epoch + 1, 0, 0.0
         accelerator.save_state()
 
     score = accuracy(accelerator, model, test_loader)
     accelerator.print(f"accuracy {score:.4f} on {len(held_out)} held-out images")
-    accelerator.end_training()
+    accelerator.end_training()  # waits for what is still being written
 
 
 if __name__ == "__main__":

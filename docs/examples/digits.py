@@ -13,7 +13,7 @@ from arguments import at_least_one
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchport import Accelerator, set_seed
+from torchport import Accelerator, Progress, set_seed
 from tqdm import tqdm
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     test_loader = DataLoader(held_out, batch_size=64)
     model, optimizer, loader, test_loader = accelerator.prepare(model, optimizer, loader, test_loader)
 
-    progress = Progress()
+    progress = Progress(epochs=0, accuracy=0.0)
     accelerator.register_for_checkpointing(progress)
     checkpoint = Path(args.output_dir) / "checkpoint"
     if args.resume:
@@ -102,20 +102,6 @@ def main() -> None:
         f" after {progress.epochs} epochs, {time.perf_counter() - started:.1f} s"
     )
     accelerator.end_training()
-
-
-class Progress:
-    """What the script itself wants to find again after a restart."""
-
-    def __init__(self) -> None:
-        self.epochs = 0
-        self.accuracy = 0.0
-
-    def state_dict(self) -> dict:
-        return {"epochs": self.epochs, "accuracy": self.accuracy}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.epochs, self.accuracy = state["epochs"], state["accuracy"]
 
 
 if __name__ == "__main__":

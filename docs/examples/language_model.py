@@ -115,10 +115,7 @@ def main() -> None:
     bits = torch.cat(losses).mean().item() / math.log(2)
     accelerator.print(f"held-out text: {bits:.3f} bits per byte")
 
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = accelerator.get_state_dict(model)  # on every process; `save` writes on the main one
-    accelerator.save(weights, folder / "model.safetensors", safe_serialization=True)
+    accelerator.save_model(model, args.output_dir)
     if accelerator.is_main_process:
         print(repr(continue_text(accelerator.unwrap_model(model), "    def __init__(self")))
     accelerator.end_training()
