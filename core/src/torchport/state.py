@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -163,6 +164,8 @@ class GradientState:
         active_dataloader: The prepared loader that gave a batch last, of those being iterated.
         dataloader_references: The loaders being iterated, outermost first; `None` stands for none.
         plugin_kwargs: The settings of gradient accumulation that differ from their defaults.
+        lend: Inside `join_uneven_inputs`, what goes on with a loader where others have batches left.
+        weightless: Whether the current batch was lent and counts nothing.
     """
 
     _shared: dict[str, Any] = {}  # noqa: RUF012 - shared on purpose
@@ -173,6 +176,8 @@ class GradientState:
             self.sync_gradients = True
             self.active_dataloader: Any = None
             self.dataloader_references: list[Any] = [None]
+            self.lend: Callable[[Any, Iterator[Any]], Iterator[Any]] | None = None
+            self.weightless = False
             self.plugin = gradient_accumulation_plugin or GradientAccumulationPlugin()
         elif gradient_accumulation_plugin is not None:
             self.plugin = gradient_accumulation_plugin

@@ -176,6 +176,10 @@ class DataLoaderShard(DataLoader[Any]):
         return max(0, length - self.skip_batches)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        lend = self.gradient_state.lend
+        return self._batches() if lend is None else lend(self, self._batches())
+
+    def _batches(self) -> Iterator[Any]:
         epoch = self._begin()
         if self.source is not None or isinstance(self.dataset, IterableDataset):
             return self._look_ahead(self._read(epoch), epoch)

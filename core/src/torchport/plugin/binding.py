@@ -39,7 +39,8 @@ def bind_step(
         no_sync: A context in which a model's gradients stay local.
         clip_grad_norm: Clips by total norm, where the norm needs communication.
         clip_grad_value: Clips each element.
-        local: Returns the part of a gradient that this process holds, where gradients are spread over processes.
+        local: Returns the part of a gradient that this process holds, the same object each time, where gradients
+            are spread over processes.
     """
     chosen = tuple(request.optimizers if optimizers is None else optimizers)
     backend, precision = request.context.backend, request.context.precision

@@ -82,6 +82,11 @@ def shapes_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return _shapes(_Reader(folder).read_metadata())
 
 
+def paths_of(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Return where each tensor of a folder was in the nested state that was saved, by its name."""
+    return {name: tuple(path) for name, path in (_Reader(folder).read_metadata().planner_data or {}).items()}
+
+
 def read_whole(folder: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
     """Read whole tensors in this process alone, on the host; without `names`, all of the folder."""
     shapes = shapes_of(folder)

@@ -131,6 +131,7 @@ class AccumulationWindow:
 
     def _weigh(self, num_items: Any, reduction: str) -> None:
         """Weigh this micro-batch by its number of items instead of equally."""
+        num_items = num_items * 0 if self.gradients.weightless else num_items
         if reduction not in ("mean", "sum"):
             raise ConfigurationError(
                 f"accumulate(reduction={reduction!r}) is not known",
@@ -190,6 +191,8 @@ class AccumulationWindow:
             loss: A tensor of one element.
             **kwargs: Passed on to `torch.Tensor.backward`.
         """
+        if self.gradients.weightless:
+            loss = loss * 0
         if self.divisor != 1:
             loss = loss / self.divisor
         elif self.weight is not None:
