@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sampling import Budget, Result, alternate
+from sampling import Budget, Result, alternate, in_turn
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE / "scripts"
@@ -218,6 +218,44 @@ def save(quick: bool) -> list[Result]:
     return [result, background]
 
 
+def compile_(quick: bool) -> list[Result]:
+    """Compile a transformer whole, and by its regions."""
+    blocks, rounds = 6 if quick else 12, 1 if quick else 3
+    modes = {"torchport": "regions", "whole model": "whole", "not compiled": "eager"}
+    taken: dict[str, dict[str, list[float]]] = {
+        what: {name: [] for name in modes} for what in ("first", "step")
+    }
+    for name in in_turn(list(modes), rounds):
+        for what, seconds in _compile_once(modes[name], blocks).items():
+            taken[what][name].append(seconds)
+    notes = [
+        f"A causal transformer of {blocks} equal blocks of width 256, 4 sequences of 64 tokens, forward and backward,"
+        " compiled by inductor into an empty cache in a new process. `torchport` is"
+        " `TorchDynamoPlugin(use_regional_compilation=True)`."
+    ]
+    return [
+        Result(
+            "compile-first", f"First step of a transformer of {blocks} blocks, with compiling", taken["first"],
+            baseline="whole model", budget=Budget("ratio", 1.0, "whole model"), notes=notes,
+        ),
+        Result(
+            "compile-step", "A step after it", taken["step"], baseline="whole model", unit="ms a step", scale=1e3
+        ),
+    ]  # fmt: skip
+
+
+def _compile_once(mode: str, blocks: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix="torchport-bench-") as cache:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPTS / "compile.py"), mode, str(blocks)],
+            env=_environment(TORCHINDUCTOR_CACHE_DIR=cache, TORCHINDUCTOR_COMPILE_THREADS="1"),
+            capture_output=True, text=True, timeout=DEADLINE, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the benchmark of compiling failed:\n{done.stdout}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 SUITES: dict[str, Callable[[bool], list[Result]]] = {
     "step": step,
     "ddp": ddp,
@@ -226,6 +264,7 @@ SUITES: dict[str, Callable[[bool], list[Result]]] = {
     "import": import_,
     "gather": gather,
     "save": save,
+    "compile": compile_,
 }
 
 

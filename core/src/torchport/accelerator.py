@@ -27,6 +27,7 @@ from torchport.config.kwargs import (
     ProfileKwargs,
     ProjectConfiguration,
     first_of,
+    read_steps,
 )
 from torchport.data.prepare import skip_first_batches
 from torchport.data.samplers import BatchSamplerShard, WholeBatchShard
@@ -140,7 +141,7 @@ class Accelerator(ProcessControl):
             self.rng_types,
             device_placement=device_placement,
             step_scheduler_with_optimizer=step_scheduler_with_optimizer,
-            dynamo=settle(dynamo_plugin, dynamo_backend, self.backend.compile_backend()),
+            dynamo=settle(dynamo_plugin, dynamo_backend, self.backend),
         )
         self._tracking = Tracking(
             self.plan["trackers"], active=self.is_main_process, logging_dir=self.logging_dir
@@ -204,6 +205,26 @@ class Accelerator(ProcessControl):
     def even_batches(self) -> bool:
         """Whether samples from the beginning fill up the last batches."""
         return self.dataloader_config.even_batches
+
+    @property
+    def dispatch_batches(self) -> bool | None:
+        """Whether the main process reads all batches and sends out shares."""
+        return self.dataloader_config.dispatch_batches
+
+    @property
+    def use_seedable_sampler(self) -> bool:
+        """Whether shuffling depends on seed and epoch alone."""
+        return self.dataloader_config.use_seedable_sampler
+
+    @property
+    def non_blocking(self) -> bool:
+        """Whether copies to the device are asynchronous."""
+        return self.dataloader_config.non_blocking
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        """Whether loaders are torchdata's `StatefulDataLoader`."""
+        return self.dataloader_config.use_stateful_dataloader
 
     # --- preparing ---------------------------------------------------------------------------------------
 
@@ -336,6 +357,7 @@ class Accelerator(ProcessControl):
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value: int) -> None:
+        value = read_steps(value, "gradient_accumulation_steps")
         self.gradient_state.plugin.num_steps = self._window.steps = self._window.divisor = (
             self._window.size
         ) = value
@@ -705,10 +727,9 @@ def _accumulation(
         return None
     plugin = plugin or GradientAccumulationPlugin()
     if plugin.num_steps is None:
-        text = translate_environment(os.environ).get(envvars.ACCUMULATION_STEPS) or "1"
-        if steps is None and not text.isdigit():
-            raise ConfigurationError(f"{envvars.ACCUMULATION_STEPS} must be a whole number", found=repr(text))
-        plugin.num_steps = int(text) if steps is None else steps
-    if plugin.num_steps < 1:
-        raise ConfigurationError(f"gradient_accumulation_steps must be at least 1, found {plugin.num_steps}")
+        if steps is None:
+            text = translate_environment(os.environ).get(envvars.ACCUMULATION_STEPS) or "1"
+            plugin.num_steps = read_steps(int(text) if text.isdigit() else text, envvars.ACCUMULATION_STEPS)
+        else:
+            plugin.num_steps = read_steps(steps, "gradient_accumulation_steps")
     return plugin

@@ -204,6 +204,40 @@ KEYWORDS_MOVED = {
 KEYWORD_FLAGS = {"cpu": ("backend", "cpu")}
 """Documented keyword arguments that, when true, fill a slot with a fixed value."""
 
+# --- `torchport.utils.is_..._available` ---
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """What a documented check asks for.
+
+    Attributes:
+        device: Name of a backend, or type of a device of PyTorch; empty if it asks for a package.
+        package: Import name of a package.
+        parameters: Documented parameters of the check, with their defaults.
+    """
+
+    device: str = ""
+    package: str = ""
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+
+AVAILABILITY: Mapping[str, Availability] = {
+    "is_ipex_available": Availability(package="intel_extension_for_pytorch"),
+    "is_lomo_available": Availability(package="lomo_optim"),
+    "is_mps_available": Availability(device="mps", parameters=(("min_version", "1.12"),)),
+    "is_npu_available": Availability(device="npu", parameters=(("check_device", False),)),
+    "is_schedulefree_available": Availability(package="schedulefree"),
+    "is_torch_xla_available": Availability(
+        package="torch_xla", parameters=(("check_is_tpu", False), ("check_is_gpu", False))
+    ),
+    "is_xpu_available": Availability(device="xpu", parameters=(("check_device", False),)),
+}
+"""Documented checks, by name."""
+
+PURGED = ("ACCELERATE_", "TORCHPORT_")
+"""Beginnings of the variables that `purge_accelerate_environment` takes back."""
+
 # --- which plugin reads what ---
 
 PLUGIN_PREFIXES: Mapping[str, str] = {

@@ -75,6 +75,7 @@ class Preparation:
         contents, backend = self.contents, self.context.backend
         for held in (contents.models, contents.optimizers, contents.schedulers, contents.loaders):
             held.clear()
+        self._prepared: list[tuple[Any, bool, Any]] = []
         self.gradients.sync_gradients = True
         self.context.precision.scaling = None
         marks_steps = type(backend).step_boundary is not Backend.step_boundary
@@ -103,9 +104,9 @@ class Preparation:
                 f"device_placement has {len(placement)} values for {len(objects)} objects",
                 hint="one for each",
             )
-        result = list(objects)
-        models = [i for i, thing in enumerate(objects) if self._is_new_model(thing)]
-        optimizers = [i for i, thing in enumerate(objects) if _is_new_optimizer(thing)]
+        result = [self._known(thing) for thing in objects]
+        models = [i for i, thing in enumerate(result) if self._is_new_model(thing)]
+        optimizers = [i for i, thing in enumerate(result) if _is_new_optimizer(thing)]
         if models or optimizers:
             wrapped_models, wrapped_optimizers = self.step(
                 [objects[i] for i in models],
@@ -117,7 +118,7 @@ class Preparation:
                 result[i] = model
             for i, optimizer in zip(optimizers, wrapped_optimizers, strict=True):
                 result[i] = optimizer
-        for i, thing in enumerate(objects):
+        for i, thing in enumerate(result):
             if isinstance(thing, DataLoader):
                 result[i] = self.loader(thing, placement[i])
             elif _is_scheduler(thing):
@@ -146,6 +147,10 @@ class Preparation:
             )
         )
         wrapped = [AcceleratedOptimizer(one, prepared, self.gradients) for one in prepared.optimizers]
+        raw = (*models, *optimizers)
+        self._prepared += [
+            (one, evaluation_only, made) for one, made in zip(raw, (*prepared.models, *wrapped), strict=True)
+        ]
         self.contents.models.extend(prepared.models)
         self.contents.optimizers.extend(wrapped)
         self.bound = prepared
@@ -154,18 +159,21 @@ class Preparation:
 
     def model(self, model: torch.nn.Module, place: bool | None, evaluation_only: bool) -> torch.nn.Module:
         """Prepare a model alone."""
+        model = self._known(model, evaluation_only)
         if not self._is_new_model(model):
             return model
         return self.step([model], [], [self._place(place)], evaluation_only=evaluation_only)[0][0]
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
         """Prepare an optimizer alone."""
+        optimizer = self._known(optimizer)
         if isinstance(optimizer, AcceleratedOptimizer):
             return optimizer
         return self.step([], [optimizer], [])[1][0]
 
     def scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """Prepare a scheduler, which follows its own optimizer if that is prepared, or else all of them."""
+        scheduler = self._known(scheduler)
         if isinstance(scheduler, AcceleratedScheduler):
             return scheduler
         if self.step_scheduler_with_optimizer and not self.contents.optimizers:
@@ -187,9 +195,12 @@ class Preparation:
         if announce and self.context.topology.rank == 0:
             print(  # noqa: T201
                 f"torchport: schedulers step {steps} times for each optimizer step, as one process would have over"
-                " the same data; DataLoaderConfiguration(split_batches=True) keeps batch size and steps as they are",
+                " the same data. For a scheduler that steps once an epoch, or that counts the steps of all processes:"
+                " Accelerator(step_scheduler_with_optimizer=False); to keep batch size and steps as they are:"
+                " DataLoaderConfiguration(split_batches=True)",
                 file=sys.stderr,
             )
+        self._prepared.append((scheduler, False, wrapped))
         self.contents.schedulers.append(wrapped)
         return wrapped
 
@@ -225,6 +236,13 @@ class Preparation:
 
     def _place(self, asked: bool | None) -> bool:
         return self.device_placement if asked is None else asked
+
+    def _known(self, thing: Any, evaluation_only: bool = False) -> Any:
+        """Return what was made of an object that is prepared already, or else the object itself."""
+        for raw, only_evaluated, made in self._prepared:
+            if raw is thing and only_evaluated == evaluation_only:
+                return made
+        return thing
 
     def _is_new_model(self, thing: Any) -> bool:
         return isinstance(thing, torch.nn.Module) and all(

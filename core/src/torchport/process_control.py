@@ -13,6 +13,7 @@ import torch
 
 from torchport.errors import OperationError
 from torchport.ops import exchange
+from torchport.ops.pytree import like_mapping
 from torchport.plugin.specs import Topology
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -162,7 +163,7 @@ class ProcessControl:
                     "split_between_processes needs values of one length",
                     found=", ".join(f"{key}: {length}" for key, length in lengths.items()),
                 )
-            return type(inputs)({key: self._share(value, pad) for key, value in inputs.items()})  # type: ignore[call-arg]
+            return like_mapping(inputs, {key: self._share(value, pad) for key, value in inputs.items()})
         length = len(inputs)
         base, extra = divmod(length, self.num_processes)
         start = self.process_index * base + min(self.process_index, extra)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from torchport import envvars
 from torchport.aliases import translate_environment
-from torchport.config.kwargs import InitProcessGroupKwargs, KwargsHandler, first_of
+from torchport.config.kwargs import InitProcessGroupKwargs, KwargsHandler, first_of, read_timeout
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError, PlanMismatchError, UnavailableError
 from torchport.ops import exchange
@@ -330,14 +330,6 @@ def _timeout(request: Request) -> timedelta:
             hint="set MASTER_ADDR and MASTER_PORT instead",
         )
     if handler.timeout is not None:
-        timeout: timedelta = handler.timeout
-        return timeout
+        return read_timeout(handler.timeout, "InitProcessGroupKwargs(timeout=...)")
     seconds = os.environ.get(envvars.TIMEOUT)
-    if not seconds:
-        return DEFAULT_TIMEOUT
-    try:
-        return timedelta(seconds=float(seconds))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{envvars.TIMEOUT} must be a number of seconds", found=repr(seconds)
-        ) from error
+    return read_timeout(seconds, envvars.TIMEOUT) if seconds else DEFAULT_TIMEOUT

@@ -16,6 +16,11 @@ from torchport.process_control import ProcessControl
 from torchport.runtime import Runtime
 
 
+def is_initialized() -> bool:
+    """Whether a run is open: a state or an accelerator has been made, and has not been reset."""
+    return Runtime.current is not None
+
+
 class PartialState(ProcessControl):
     """The device and the processes of the run, for code that needs nothing else.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from torchport.aliases import AVAILABILITY
+
 _EXPORTS = {
     # settings
     "AutocastKwargs": "torchport.config.kwargs",
@@ -32,6 +34,8 @@ _EXPORTS = {
     "convert_outputs_to_fp32": "torchport.ops.pytree",
     "convert_to_fp32": "torchport.ops.pytree",
     "find_batch_size": "torchport.ops.pytree",
+    "ignorant_find_batch_size": "torchport.ops.pytree",
+    "merge_dicts": "torchport.ops.pytree",
     "honor_type": "torchport.ops.pytree",
     "listify": "torchport.ops.pytree",
     "recursively_apply": "torchport.ops.pytree",
@@ -50,7 +54,26 @@ _EXPORTS = {
     "pad_across_processes": "torchport.ops.exchange",
     "reduce": "torchport.ops.exchange",
     "wait_for_everyone": "torchport.ops.exchange",
+    # the device and its precision
+    "get_grad_scaler": "torchport.training.precision",
+    "get_mixed_precision_context_manager": "torchport.training.precision",
+    "is_bf16_available": "torchport.environment",
+    **dict.fromkeys(AVAILABILITY, "torchport.environment"),
+    # the process and its environment
+    "clear_environment": "torchport.environment",
+    "compare_versions": "torchport.environment",
+    "get_int_from_env": "torchport.environment",
+    "is_port_in_use": "torchport.environment",
+    "is_torch_version": "torchport.environment",
+    "override_numa_affinity": "torchport.environment",
+    "parse_choice_from_env": "torchport.environment",
+    "parse_flag_from_env": "torchport.environment",
+    "patch_environment": "torchport.environment",
+    "purge_accelerate_environment": "torchport.environment",
+    "set_numa_affinity": "torchport.environment",
+    "str_to_bool": "torchport.environment",
     # memory and progress
+    "clear_device_cache": "torchport.training.memory",
     "find_executable_batch_size": "torchport.training.memory",
     "release_memory": "torchport.training.memory",
     "tqdm": "torchport.progress",
@@ -86,3 +109,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

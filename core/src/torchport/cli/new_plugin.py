@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import tempfile
 from pathlib import Path
 
 import click
@@ -40,9 +41,30 @@ def new_plugin(name: str, kind: str, output: Path | None) -> None:
     folder = output or Path(f"torchport-{name}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise click.UsageError(f"{folder} exists and is not empty: choose another --output, or remove it")
-    for path in render(name, kind, folder):
+    for path in _write(name, kind, folder):
         click.echo(f"wrote {path}")
     click.echo(f"\nnext: cd {folder} && pip install -e '.[test]' && torchport plugins && pytest")
+
+
+def _write(name: str, kind: str, folder: Path) -> list[Path]:
+    """Write the files beside the folder and move them there when they are complete.
+
+    Raises:
+        UsageError: if nothing can be written there; then nothing is left behind.
+    """
+    whole = folder.absolute()
+    above = next(parent for parent in whole.parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=above) as temporary:
+            made = Path(temporary) / folder.name
+            files = [path.relative_to(made) for path in render(name, kind, made)]
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            made.replace(whole)  # an empty folder may be there
+    except OSError as error:
+        raise click.UsageError(
+            f"{folder} cannot be written: {error.strerror or error}: choose another --output"
+        ) from error
+    return [folder / file for file in files]
 
 
 def _check_name(name: str, kind: str) -> None:

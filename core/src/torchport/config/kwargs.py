@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
+
+from torchport.errors import ConfigurationError
 
 
 class KwargsHandler:
@@ -60,12 +64,20 @@ class InitProcessGroupKwargs(KwargsHandler):
     Attributes:
         backend: Name of the collectives; the same as `Accelerator(collectives=...)`.
         init_method: Only `"env://"` (or `None`) is accepted: the launcher says where processes meet.
-        timeout: How long an operation waits for other processes; `None` takes `TORCHPORT_TIMEOUT` or 30 minutes.
+        timeout: How long an operation waits for other processes, as a `timedelta` or in seconds; `None` takes
+            `TORCHPORT_TIMEOUT` or 30 minutes.
+
+    Raises:
+        ConfigurationError: if the timeout is not a positive, finite time.
     """
 
     backend: str | None = None
     init_method: str | None = None
-    timeout: timedelta | None = None
+    timeout: timedelta | float | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None:
+            self.timeout = read_timeout(self.timeout, "InitProcessGroupKwargs(timeout=...)")
 
 
 @dataclasses.dataclass
@@ -113,10 +125,8 @@ class GradientAccumulationPlugin(KwargsHandler):
     sync_each_batch: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(
-                f"GradientAccumulationPlugin.num_steps must be at least 1, found {self.num_steps}"
-            )
+        if self.num_steps is not None:
+            self.num_steps = read_steps(self.num_steps, "GradientAccumulationPlugin(num_steps=...)")
 
 
 @dataclasses.dataclass
@@ -176,6 +186,47 @@ class ProjectConfiguration:
         self.project_dir = project_dir
         if self.logging_dir is None:
             self.logging_dir = project_dir
+
+
+def read_timeout(value: Any, where: str) -> timedelta:
+    """Return a timeout that was given as a `timedelta`, a number of seconds or a text with one.
+
+    Raises:
+        ConfigurationError: naming `where` it was given, if it is not a positive, finite time.
+    """
+    seconds: Any = value.total_seconds() if isinstance(value, timedelta) else value
+    if not isinstance(seconds, bool):
+        try:
+            seconds = float(seconds)
+        except (TypeError, ValueError):
+            seconds = math.nan
+        if 0 < seconds <= timedelta(days=36500).total_seconds():
+            return timedelta(seconds=seconds)
+    raise ConfigurationError(
+        f"{where} must be a time that operations wait for other processes",
+        found=repr(value),
+        reason="it is finite and longer than zero",
+        hint="seconds, such as 1800, or datetime.timedelta(minutes=30)",
+    )
+
+
+def read_steps(value: Any, where: str) -> int:
+    """Return a number of micro-batches.
+
+    Raises:
+        ConfigurationError: naming `where` it was given, if it is not a whole number of at least 1.
+    """
+    try:
+        steps = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        steps = 0
+    if steps < 1:
+        raise ConfigurationError(
+            f"{where} must be a whole number of at least 1",
+            found=repr(value),
+            hint="1 for an optimizer step with every batch",
+        )
+    return steps
 
 
 def first_of(handlers: Iterable[Any], kind: type) -> Any:

@@ -1,8 +1,11 @@
-"""Walk nested structures: lists, tuples, named tuples and mappings of tensors."""
+"""Walk nested structures of tensors: lists, tuples, named tuples, mappings and dataclasses, each kept as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -17,18 +20,59 @@ def is_tensor(value: Any) -> bool:
 
 def all_tensors(data: Any) -> bool:
     """Whether a structure holds tensors and nothing else, and at least one."""
+    if is_tensor(data):
+        return True
+    items = list(_items(data))
+    return bool(items) and all(all_tensors(item) for item in items)
+
+
+def honor_type(obj: Any, generator: Iterable[Any]) -> Any:
+    """Build a list, tuple or named tuple of the type of `obj` from items."""
+    if isinstance(obj, tuple):
+        items = tuple(generator)
+        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+    return type(obj)(generator)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping))
+
+
+def _items(data: Any) -> Iterable[Any]:
+    """Return what a container holds; nothing for what is none."""
     if isinstance(data, Mapping):
-        return bool(data) and all(all_tensors(item) for item in data.values())
+        return data.values()
     if isinstance(data, (list, tuple)):
-        return bool(data) and all(all_tensors(item) for item in data)
-    return is_tensor(data)
+        return data
+    if _is_dataclass(data):
+        return [getattr(data, field.name) for field in dataclasses.fields(data)]
+    return ()
 
 
-def honor_type(like: Any, items: Any) -> Any:
-    """Build a list, tuple or named tuple of the type of `like` from `items`."""
-    if isinstance(like, tuple) and hasattr(like, "_fields"):
-        return type(like)(*items)
-    return type(like)(items)
+def like_mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """Build a mapping of the type of another from items: also what its values are reached by, and its default."""
+    if type(like) is dict:
+        return items
+    if isinstance(like, defaultdict):
+        return type(like)(like.default_factory, items)
+    if not isinstance(like, MutableMapping):
+        return type(like)(items)  # type: ignore[call-arg]
+    new = copy.copy(like)  # with attributes, and whatever else its constructor takes
+    for key, value in items.items():
+        new[key] = value
+    return new
+
+
+def _like_dataclass(like: Any, apply: Callable[[Any], Any]) -> Any:
+    """Apply a function to each field of a dataclass; if none changes, return the same object."""
+    before = {field.name: getattr(like, field.name) for field in dataclasses.fields(like)}
+    after = {name: None if value is None else apply(value) for name, value in before.items()}
+    if all(after[name] is before[name] for name in before):
+        return like
+    new = copy.copy(like)
+    for name, value in after.items():
+        object.__setattr__(new, name, value)  # frozen ones too
+    return new
 
 
 def recursively_apply(
@@ -43,7 +87,7 @@ def recursively_apply(
 
     Args:
         func: Called as `func(leaf, *args, **kwargs)`.
-        data: A tensor, or lists, tuples, named tuples and mappings of such.
+        data: A tensor, or lists, tuples, named tuples, mappings and dataclasses of such.
         *args: Passed on.
         test_type: Says which values are leaves.
         error_on_other_type: Whether other values are an error; else they are kept.
@@ -54,28 +98,22 @@ def recursively_apply(
     """
     if test_type(data):
         return func(data, *args, **kwargs)
-    if isinstance(data, (list, tuple)):
-        return honor_type(
-            data,
-            (
-                recursively_apply(
-                    func, item, *args, test_type=test_type, error_on_other_type=error_on_other_type, **kwargs
-                )
-                for item in data
-            ),
+
+    def inside(item: Any) -> Any:
+        return recursively_apply(
+            func, item, *args, test_type=test_type, error_on_other_type=error_on_other_type, **kwargs
         )
+
+    if isinstance(data, (list, tuple)):
+        return honor_type(data, (inside(item) for item in data))
     if isinstance(data, Mapping):
-        applied = {
-            key: recursively_apply(
-                func, item, *args, test_type=test_type, error_on_other_type=error_on_other_type, **kwargs
-            )
-            for key, item in data.items()
-        }
-        return type(data)(applied)  # type: ignore[call-arg]
+        return like_mapping(data, {key: inside(item) for key, item in data.items()})
+    if _is_dataclass(data):
+        return _like_dataclass(data, inside)
     if error_on_other_type:
         raise TypeError(
-            f"{getattr(func, '__name__', func)} takes tensors and lists, tuples and mappings of tensors;"
-            f" found a {type(data).__name__}"
+            f"{getattr(func, '__name__', func)} takes tensors, and lists, tuples, mappings and dataclasses of"
+            f" them; found a {type(data).__name__}"
         )
     return data
 
@@ -97,23 +135,21 @@ def send_to_device(
     skipped = [skip_keys] if isinstance(skip_keys, str) else skip_keys or []
     if isinstance(tensor, torch.Tensor):
         return tensor.to(device, non_blocking=non_blocking)
-    if isinstance(tensor, (list, tuple)):
-        return honor_type(tensor, (send_to_device(item, device, non_blocking, skipped) for item in tensor))
-    if isinstance(tensor, Mapping):
-        if hasattr(tensor, "to"):
-            return tensor.to(device)
-        return type(tensor)(  # type: ignore[call-arg]
-            {
-                key: item if key in skipped else send_to_device(item, device, non_blocking, skipped)
-                for key, item in tensor.items()
-            }
-        )
     if hasattr(tensor, "to"):
         try:
             return tensor.to(device, non_blocking=non_blocking)
         except TypeError:  # its `to` takes no `non_blocking`
             return tensor.to(device)
-    return tensor
+
+    def inside(item: Any) -> Any:
+        return send_to_device(item, device, non_blocking, skipped)
+
+    if isinstance(tensor, (list, tuple)):
+        return honor_type(tensor, (inside(item) for item in tensor))
+    if isinstance(tensor, Mapping):
+        moved = {key: item if key in skipped else inside(item) for key, item in tensor.items()}
+        return like_mapping(tensor, moved)
+    return _like_dataclass(tensor, inside) if _is_dataclass(tensor) else tensor
 
 
 def find_batch_size(data: Any) -> int | None:
@@ -122,12 +158,38 @@ def find_batch_size(data: Any) -> int | None:
         if data.ndim == 0:
             raise ValueError("a tensor without dimensions has no batch size")
         return data.shape[0]
-    items = data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
-    for item in items:
+    for item in _items(data):
         size = find_batch_size(item)
         if size is not None:
             return size
     return None
+
+
+def ignorant_find_batch_size(data: Any) -> int | None:
+    """Return what `find_batch_size` does, and `None` where that raises."""
+    try:
+        return find_batch_size(data)
+    except (ValueError, TypeError):
+        return None
+
+
+def merge_dicts(source: Mapping[str, Any], destination: dict[str, Any]) -> dict[str, Any]:
+    """Write the values of a nested mapping over those of another, level by level.
+
+    Args:
+        source: The values that win.
+        destination: The mapping to change.
+
+    Returns:
+        `destination`.
+    """
+    for key, value in source.items():
+        below = destination.get(key)
+        if isinstance(value, Mapping):
+            destination[key] = merge_dicts(value, below if isinstance(below, dict) else {})
+        else:
+            destination[key] = value
+    return destination
 
 
 def slice_tensors(data: Any, tensor_slice: slice) -> Any:
@@ -146,11 +208,14 @@ def concatenate(data: list[Any] | tuple[Any, ...], dim: int = 0) -> Any:
     if isinstance(first, (list, tuple)):
         return honor_type(first, (concatenate([item[i] for item in data], dim) for i in range(len(first))))
     if isinstance(first, Mapping):
-        return type(first)({key: concatenate([item[key] for item in data], dim) for key in first})  # type: ignore[call-arg]
+        return like_mapping(first, {key: concatenate([item[key] for item in data], dim) for key in first})
+    if _is_dataclass(first):
+        columns = zip(*(_items(item) for item in data), strict=True)
+        values = (column for column in columns if column[0] is not None)
+        joined = iter([concatenate(v, dim) if all_tensors(v[0]) else v[0] for v in values])
+        return _like_dataclass(first, lambda _: next(joined))
     if not isinstance(first, torch.Tensor):
-        raise TypeError(
-            f"concatenate takes tensors, lists, tuples and mappings of them; found a {type(first).__name__}"
-        )
+        raise TypeError(f"concatenate takes tensors, and containers of them; found a {type(first).__name__}")
     return torch.cat(list(data), dim=dim)
 
 

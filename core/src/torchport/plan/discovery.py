@@ -17,6 +17,7 @@ import pluggy
 
 from torchport import builtin, envvars
 from torchport.errors import InvalidSpecError, PluginError, TorchportError
+from torchport.plan.misspelt import misspelt
 from torchport.plan.registry import (
     CORE,
     Entry,
@@ -61,6 +62,7 @@ def discover(
 
     for module, plugin in registered:
         _listen(manager, module, plugin, [other for other, _ in registered if other is not module], installed)
+    installed.warnings += misspelt(environ, installed)
     return installed
 
 

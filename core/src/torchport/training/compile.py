@@ -19,7 +19,8 @@ import torch
 from torchport import aliases
 from torchport.config import schema
 from torchport.config.dynamo import TorchDynamoPlugin
-from torchport.errors import ConfigurationError
+from torchport.errors import ConfigurationError, UnsupportedOperationError
+from torchport.plugin.backend import Backend
 
 _CALL = "_compiled_call_impl"
 """Where PyTorch keeps what a module compiled in place calls."""
@@ -30,19 +31,20 @@ _CODE: dict[type[torch.nn.Module], types.CodeType] = {}
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 
 
-def settle(plugin: TorchDynamoPlugin | None, backend: Any, default: str) -> TorchDynamoPlugin | None:
+def settle(plugin: TorchDynamoPlugin | None, backend: Any, device: Backend) -> TorchDynamoPlugin | None:
     """Return how models are compiled: as an argument says, then as the environment does.
 
     Args:
         plugin: The argument `dynamo_plugin`.
         backend: The argument `dynamo_backend`.
-        default: The compiler that suits the device.
+        device: The backend of the run.
 
     Returns:
         The settings, complete; `None` if nothing is to be compiled.
 
     Raises:
         ConfigurationError: if the two arguments disagree, or PyTorch has no such compiler.
+        UnsupportedOperationError: if PyTorch cannot compile for the device.
     """
     if backend is not None and plugin is not None:
         raise ConfigurationError(
@@ -58,10 +60,16 @@ def settle(plugin: TorchDynamoPlugin | None, backend: Any, default: str) -> Torc
         missing.pop("mode", None)  # PyTorch takes one of the two
     plugin = dataclasses.replace(plugin, **missing)
     if plugin.backend is None:
-        plugin = dataclasses.replace(plugin, backend=default)
+        plugin = dataclasses.replace(plugin, backend=device.compile_backend())
     if plugin.backend == "no":
         return None
     _check(plugin)
+    if not device.capabilities().compile:
+        raise UnsupportedOperationError(
+            f"prepared models are to be compiled with {plugin.backend!r}",
+            found=f"the backend {device.spec.name!r}, for which torch.compile has no compiler",
+            hint='dynamo_backend="no"',
+        )
     return plugin
 
 

@@ -27,6 +27,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(message in text for message in _MESSAGES)
 
 
+def clear_device_cache(garbage_collection: bool = False) -> None:
+    """Return cached, unused memory to the device.
+
+    Args:
+        garbage_collection: Whether to collect garbage before it.
+    """
+    if garbage_collection:
+        gc.collect()
+    if Runtime.current is not None:
+        Runtime.current.backend.empty_cache()
+        return
+    empty_cache = getattr(torch.get_device_module(), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
+
+
 def release_memory(*objects: Any) -> list[None]:
     """Collect garbage, and return cached memory to the device.
 
@@ -40,13 +56,7 @@ def release_memory(*objects: Any) -> list[None]:
     """
     count = len(objects)
     del objects
-    gc.collect()
-    if Runtime.current is not None:
-        Runtime.current.backend.empty_cache()
-    else:
-        empty_cache = getattr(torch.get_device_module(), "empty_cache", None)
-        if empty_cache is not None:
-            empty_cache()
+    clear_device_cache(garbage_collection=True)
     return [None] * count
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torchport.plugin import Collectives, Topology
 
+from torchport_cpu import checked
 from torchport_cpu.membership import Membership
 
 if TYPE_CHECKING:
@@ -33,3 +34,11 @@ class GlooCollectives(Collectives):
     def close(self) -> None:
         """Destroy the process group if `open` initialised it."""
         self._membership.leave()
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate the tensors of all processes, once all have shown that shape and dtype are the same.
+
+        Raises:
+            OperationError: on every process, if they are not.
+        """
+        return checked.all_gather(tensor, super().all_gather, self.world_size)

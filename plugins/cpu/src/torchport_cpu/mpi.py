@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torchport.errors import LaunchError, OperationError
 from torchport.plugin import Collectives, Topology
 
+from torchport_cpu import checked
 from torchport_cpu.membership import Membership
 from torchport_cpu.mpi_base import BACKEND
 from torchport_cpu.mpi_engine import Engine
@@ -72,6 +73,14 @@ class MpiCollectives(Collectives):
     def close(self) -> None:
         """Destroy the process group if `open` initialised it; MPI itself ends with the process."""
         self._membership.leave()
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate the tensors of all processes, once all have shown that shape and dtype are the same.
+
+        Raises:
+            OperationError: on every process, if they are not.
+        """
+        return checked.all_gather(tensor, super().all_gather, self.world_size)
 
 
 def register() -> None:
