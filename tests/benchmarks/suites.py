@@ -223,7 +223,7 @@ def compile_(quick: bool) -> list[Result]:
     blocks, rounds = 6 if quick else 12, 1 if quick else 3
     modes = {"torchport": "regions", "whole model": "whole", "not compiled": "eager"}
     taken: dict[str, dict[str, list[float]]] = {
-        what: {name: [] for name in modes} for what in ("first", "step")
+        what: {name: [] for name in modes} for what in ("first", "processor", "step")
     }
     for name in in_turn(list(modes), rounds):
         for what, seconds in _compile_once(modes[name], blocks).items():
@@ -237,6 +237,10 @@ def compile_(quick: bool) -> list[Result]:
         Result(
             "compile-first", f"First step of a transformer of {blocks} blocks, with compiling", taken["first"],
             baseline="whole model", budget=Budget("ratio", 1.0, "whole model"), notes=notes,
+        ),
+        Result(
+            "compile-processor", "The same, processor time", taken["processor"], baseline="whole model",
+            notes=["With that of the C++ compiler: what waiting for a busy core does not change."],
         ),
         Result(
             "compile-step", "A step after it", taken["step"], baseline="whole model", unit="ms a step", scale=1e3

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from torchport.config.kwargs import GradientAccumulationPlugin
 from torchport.distributed_type import DistributedType
@@ -89,9 +90,20 @@ class PartialState(ProcessControl):
         """Whether shapes are compared across processes before every operation."""
         return self.runtime.debug
 
-    def destroy_process_group(self) -> None:
-        """Leave the process group and end the run."""
-        self.runtime.close()
+    def destroy_process_group(self, group: Any = None) -> None:
+        """Leave the process group and end the run.
+
+        Args:
+            group: A group that the script has made with `torch.distributed.new_group`: leave that one only.
+        """
+        if group is None:
+            self.runtime.close()
+        else:
+            dist.destroy_process_group(group)
+
+    def set_device(self) -> None:
+        """Make the device of this process the current one again, where a script has changed it."""
+        self.runtime.backend.device(self.topology.local_rank)
 
     @staticmethod
     def _reset_state() -> None:

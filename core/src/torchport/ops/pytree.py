@@ -192,8 +192,17 @@ def merge_dicts(source: Mapping[str, Any], destination: dict[str, Any]) -> dict[
     return destination
 
 
-def slice_tensors(data: Any, tensor_slice: slice) -> Any:
-    """Slice every tensor along its first dimension."""
+def slice_tensors(
+    data: Any, tensor_slice: slice, process_index: int | None = None, num_processes: int | None = None
+) -> Any:
+    """Slice every tensor along its first dimension.
+
+    Args:
+        data: The structure.
+        tensor_slice: The slice.
+        process_index: Accepted for compatibility: the slice says all.
+        num_processes: As `process_index`.
+    """
     return recursively_apply(lambda tensor: tensor[tensor_slice], data)
 
 
