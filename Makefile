@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-MEMBERS := pyproject.toml core/pyproject.toml plugins/cpu/pyproject.toml plugins/fp8/pyproject.toml plugins/fsdp/pyproject.toml requirements-dev.txt
+MEMBERS := pyproject.toml core/pyproject.toml plugins/cpu/pyproject.toml plugins/fp8/pyproject.toml plugins/fsdp/pyproject.toml plugins/trackers/pyproject.toml requirements-dev.txt
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-trackers lint bench docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core -e plugins/cpu -e plugins/fp8 -e plugins/fsdp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core -e plugins/cpu -e plugins/fp8 -e plugins/fsdp -e plugins/trackers
 	@touch $@
 
 demo: $(READY)
@@ -25,6 +25,17 @@ lint: $(READY)
 test: lint
 	@$(BIN)/python -m pytest
 
+# Every tracker with its service's real package, offline, in an environment of its own: some are large.
+TRACKERS := .venv-trackers
+$(TRACKERS)/.ready: $(READY) requirements-trackers.txt
+	$(PYTHON) -m venv $(TRACKERS)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(TRACKERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
+	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-trackers.txt
+	@touch $@
+
+test-trackers: $(TRACKERS)/.ready
+	@TRACKERS_OF_ALL_SERVICES=1 $(TRACKERS)/bin/python -m pytest plugins/trackers/tests --timeout 600
+
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@$(BIN)/python tests/benchmarks/run.py
@@ -33,5 +44,5 @@ docs: $(READY)
 	@$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRACKERS) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -297,9 +297,12 @@ def interface(name: str) -> str:
 def methods(owner: type) -> dict[str, str]:
     """Return the public methods and properties of an interface, each with its docstring's first line."""
     return {
-        name: _first_line(member.fget if isinstance(member, property) else member)
+        name: _first_line(
+            member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        )
         for name, member in vars(owner).items()
-        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
+        if not name.startswith("_")
+        and (inspect.isfunction(member) or isinstance(member, (property, classmethod)))
     }
 
 
@@ -307,7 +310,8 @@ def _signature(owner: type, name: str) -> str:
     member = vars(owner)[name]
     if isinstance(member, property):
         return ""
-    parameters = list(inspect.signature(member).parameters.values())[1:]
+    function = getattr(member, "__func__", member)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
     return f"({', '.join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters)})"
 
 

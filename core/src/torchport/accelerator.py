@@ -47,7 +47,7 @@ from torchport.training.join import lending
 from torchport.training.optimizer import AcceleratedOptimizer
 from torchport.training.random import check_rng_types
 from torchport.training.scheduler import AcceleratedScheduler
-from torchport.training.tracking import Tracking
+from torchport.training.tracking import Tracking, separate
 from torchport.unwrap import finish
 
 
@@ -59,6 +59,8 @@ class Accelerator(ProcessControl):
         strategy: Name of the strategy, or an instance of its settings.
         precision: Name of the precision (`"no"`, `"fp16"`, `"bf16"`, …).
         collectives: Name of the collectives.
+        trackers: Where metrics go (documented as `log_with`): names, `"all"`, trackers or classes of trackers of the
+            script's own, or a list of such.
         device_placement: Whether models and batches are moved to the device.
         gradient_accumulation_steps: Micro-batches per optimizer step.
         gradient_accumulation_plugin: The same, with further settings.
@@ -93,6 +95,7 @@ class Accelerator(ProcessControl):
         strategy: Any = None,
         precision: Any = None,
         collectives: Any = None,
+        trackers: Any = None,
         device_placement: bool = True,
         gradient_accumulation_steps: int | None = None,
         gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
@@ -110,9 +113,12 @@ class Accelerator(ProcessControl):
         slots = {"backend": backend, "strategy": strategy, "precision": precision, "collectives": collectives}
         handlers = tuple(kwargs_handlers or ())
         slots["collectives"] = collectives or first_of(handlers, InitProcessGroupKwargs).backend
+        slots["trackers"] = trackers
         arguments = resolve_keywords(aliases, slots, known=_PARAMETERS)
         if Runtime.current is None:
             GradientState._reset_state()  # what a run that has ended left is not for this one
+        names, own_trackers = separate(arguments.pop("trackers", None))
+        arguments |= {} if names is None else {"trackers": names}
         self._runtime = Runtime.open(Request(arguments=arguments, asked_by="Accelerator", handlers=handlers))
         self._runtime.check_handlers(handlers)
         self.state = AcceleratorState()
@@ -144,7 +150,10 @@ class Accelerator(ProcessControl):
             dynamo=settle(dynamo_plugin, dynamo_backend, self.backend),
         )
         self._tracking = Tracking(
-            self.plan["trackers"], active=self.is_main_process, logging_dir=self.logging_dir
+            self.plan["trackers"],
+            given=own_trackers,
+            active=self.is_main_process,
+            logging_dir=self.logging_dir,
         )
         self._triggered = False
         self._bind()
@@ -643,7 +652,7 @@ class Accelerator(ProcessControl):
 
     @property
     def trackers(self) -> list[Tracker]:
-        """The open trackers; none on other processes than the main one."""
+        """The open trackers of this process: nearly all are for the main one alone."""
         return list(self._tracking.trackers.values())
 
     def init_trackers(
@@ -651,24 +660,87 @@ class Accelerator(ProcessControl):
         project_name: str,
         config: Mapping[str, Any] | None = None,
         init_kwargs: Mapping[str, Any] | None = None,
+        strict: bool | None = None,
     ) -> None:
-        """Open the trackers of the plan.
+        """Open the trackers of the plan and those of the script's own; call it on every process.
 
         Args:
             project_name: Name of the experiment.
             config: Hyper-parameters to record.
             init_kwargs: By name of a tracker, further arguments for it.
-        """
-        self._tracking.open(project_name, config, init_kwargs or {})
+            strict: Whether a tracker that fails ends the training, instead of being reported once; `None` takes what
+                `TORCHPORT_TRACKERS_STRICT` says.
 
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Hand metrics to every open tracker; call it on any process, the main one's count."""
-        self._tracking.log(values, step)
+        Raises:
+            ConfigurationError: if `init_kwargs` names a tracker that the run does not have.
+            TrackerError: on the main process, if one cannot be opened and `strict` is set.
+        """
+        self._tracking.open(project_name, config, init_kwargs or {}, strict)
+
+    def log(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Hand metrics to every open tracker; call it on any process, the main one's count.
+
+        Args:
+            values: Numbers (tensors of one element too), short texts, or mappings of such, by name.
+            step: What they belong to.
+            log_kwargs: By name of a tracker, further arguments for its `log`.
+        """
+        self._tracking.log(values, step, log_kwargs)
+
+    def log_images(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Hand images to every open tracker.
+
+        Args:
+            values: By name: an array or a tensor `(n, height, width, channels)`, or a list of single images. Numbers
+                are from 0 to 1, or whole from 0 to 255.
+            step: What they belong to.
+            log_kwargs: By name of a tracker, further arguments for its `log_images`.
+        """
+        self._tracking.log_images(values, step, log_kwargs)
+
+    def log_table(
+        self,
+        table_name: str,
+        columns: Sequence[str] | None = None,
+        data: Sequence[Sequence[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Hand a table to every open tracker.
+
+        Args:
+            table_name: Name of the table.
+            columns: Names of the columns.
+            data: The rows.
+            dataframe: Instead of both: a data frame.
+            step: What it belongs to.
+            log_kwargs: By name of a tracker, further arguments for its `log_table`.
+        """
+        self._tracking.log_table(table_name, columns, data, dataframe, step, log_kwargs)
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """Return a tracker by name (`unwrap`: its vendor's own run); `None` on other processes than the main one."""
+        """Return a tracker by name; where it is not open, one whose methods do nothing.
+
+        Args:
+            name: Name of the tracker.
+            unwrap: Whether to return its vendor's own run instead: `None` where it is not open.
+
+        Raises:
+            ConfigurationError: if the run has no such tracker, or `init_trackers` has not been called.
+        """
         tracker = self._tracking.get(name)
-        return tracker.tracker if tracker is not None and unwrap else tracker
+        return tracker.tracker if unwrap else tracker
 
     # --- the end -----------------------------------------------------------------------------------------
 

@@ -267,6 +267,29 @@ def plugin_of(spelling: str) -> str:
     return PLUGIN_PREFIXES[max(found, key=len)] if found else ""
 
 
+# --- trackers ---
+
+TRACKER_CLASSES: Mapping[str, str] = {
+    "AimTracker": "aim",
+    "ClearMLTracker": "clearml",
+    "CometMLTracker": "comet_ml",
+    "DVCLiveTracker": "dvclive",
+    "MLflowTracker": "mlflow",
+    "SwanLabTracker": "swanlab",
+    "TensorBoardTracker": "tensorboard",
+    "TrackioTracker": "trackio",
+    "WandBTracker": "wandb",
+}
+"""Documented classes of trackers: the name of the tracker whose factory each is."""
+
+
+def distribution_of(kind: str, name: str) -> str:
+    """Return what to install for a plugin of this kind and name, as one types it after `pip install`."""
+    if kind == "tracker" and name in TRACKER_CLASSES.values():
+        return f"'torchport-trackers[{name}]'"
+    return f"torchport-{name.replace('_', '-')}"
+
+
 def translate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return `environ` with documented variables translated: `TORCHPORT_...` set where only the other was.
 

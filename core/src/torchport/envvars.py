@@ -23,6 +23,7 @@ PRECISION = "TORCHPORT_PRECISION"
 COLLECTIVES = "TORCHPORT_COLLECTIVES"
 LAUNCHER = "TORCHPORT_LAUNCHER"
 TRACKERS = "TORCHPORT_TRACKERS"
+TRACKERS_STRICT = "TORCHPORT_TRACKERS_STRICT"
 QUANTIZER = "TORCHPORT_QUANTIZER"
 PLUGINS = "TORCHPORT_PLUGINS"
 DISABLE_PLUGINS = "TORCHPORT_DISABLE_PLUGINS"
@@ -54,7 +55,8 @@ VARIABLES = (
     Variable(PRECISION, "Name of the precision: `no`, `fp16`, `bf16`, or one that a plugin brings."),
     Variable(COLLECTIVES, "Name of the collectives: how processes exchange tensors."),
     Variable(LAUNCHER, "Name of the launcher that `torchport launch` uses."),
-    Variable(TRACKERS, "Names of trackers, separated by commas."),
+    Variable(TRACKERS, "Names of trackers, separated by commas; `all`: every one that works here."),
+    Variable(TRACKERS_STRICT, "`1`: a tracker that fails ends the training, instead of being reported once."),
     Variable(QUANTIZER, "Name of the quantizer."),
     Variable(PLUGINS, "Allow-list of plugins, separated by commas; set but empty: the core's own only."),
     Variable(DISABLE_PLUGINS, "Deny-list of plugins, separated by commas; they are not imported."),

@@ -102,6 +102,10 @@ class UnsupportedOperationError(TorchportError, NotImplementedError):
     """The chosen plugin cannot do what was asked of it."""
 
 
+class TrackerError(TorchportError, RuntimeError):
+    """A tracker failed, in a run that was asked to stop where one does."""
+
+
 class CheckpointError(TorchportError):
     """A checkpoint could not be written, or is incomplete, damaged or of another shape."""
 

@@ -31,6 +31,7 @@ class Decision:
         specs: Descriptors of the choices.
         config: The chosen plugin's settings.
         rejected: The other candidates, each with its reason.
+        implied: Those of the choices that nobody named: they are there because all were asked for.
     """
 
     slot: str
@@ -39,6 +40,7 @@ class Decision:
     specs: tuple[Spec, ...] = ()
     config: Any = None
     rejected: tuple[Rejection, ...] = ()
+    implied: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

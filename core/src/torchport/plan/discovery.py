@@ -17,6 +17,7 @@ import pluggy
 
 from torchport import builtin, envvars
 from torchport.errors import InvalidSpecError, PluginError, TorchportError
+from torchport.plan import registered as by_script
 from torchport.plan.misspelt import misspelt
 from torchport.plan.registry import (
     CORE,
@@ -60,6 +61,8 @@ def discover(
         if module is not None and _register(manager, module, plugin, installed):
             registered.append((module, plugin))
 
+    for entry in by_script.entries():
+        installed.add([entry])
     for module, plugin in registered:
         _listen(manager, module, plugin, [other for other, _ in registered if other is not module], installed)
     installed.warnings += misspelt(environ, installed)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchport.aliases import distribution_of
 from torchport.errors import (
     DeniedError,
     DuplicateNameError,
@@ -180,7 +181,7 @@ class Installed:
                 )
         known = [label for entry in self.entries[kind].values() for label in entry.labels]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        install = f"pip install torchport-{name.replace('_', '-')}"
+        install = f"pip install {distribution_of(kind, name)}"
         broken = ", ".join(failure.plugin.name for failure in self.failures)
         off = ", ".join(sorted(self.denied))
         reasons = [f"could not be registered: {broken} (see torchport doctor)"] if broken else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,8 +154,18 @@ def find_spec(kind: str, value: Any, wanted_by: str, installed: Installed) -> An
 
 
 def split_names(value: Any) -> tuple[str, ...]:
-    """Split `"a, b"` into names; a list of names passes through, less the empty ones."""
+    """Split `"a, b"` into names; a list of names passes through, less the empty ones.
+
+    Raises:
+        ConfigurationError: if it is neither.
+    """
     parts = value.split(",") if isinstance(value, str) else value
+    parts = tuple(parts) if isinstance(parts, Iterable) else (parts,)
+    if not all(isinstance(part, str) for part in parts):
+        raise ConfigurationError(
+            f"{value!r} is neither a name nor a list of names",
+            hint="one name, several separated by commas, or a list of names",
+        )
     return tuple(part.strip() for part in parts if part.strip())
 
 

@@ -14,6 +14,9 @@ from torchport.plan.registry import Installed
 from torchport.plan.request import Ask, Sources, find_spec, slot_kind, slot_variable, split_names
 from torchport.plugin.specs import BackendSpec, Spec, Topology
 
+ALL = "all"
+"""What stands for every tracker that works here."""
+
 _LEFT_OUT = "taken only when asked for"
 
 
@@ -152,19 +155,31 @@ def fill_launcher(sources: Sources, features: frozenset[str]) -> Decision:
 
 
 def fill_trackers(sources: Sources) -> Decision:
-    """Take the trackers that were asked for, none otherwise."""
+    """Take the trackers that were asked for, none otherwise; `all` stands for every one that works here."""
     ask = sources.ask("trackers")
     if ask is None:
         return _empty("trackers")
-    specs = [
-        _available("trackers", find_spec("tracker", name, ask.source, sources.installed), ask, sources)
-        for name in split_names(ask.value)
-    ]
+    names = split_names(ask.value)
+    chosen = {}
+    for name in names:
+        if name.lower() != ALL:
+            spec = find_spec("tracker", name, ask.source, sources.installed)
+            chosen[spec.name] = _available("trackers", spec, ask, sources)
+    implied, rejected = [], []
+    for spec in sources.installed.specs("tracker") if ALL in map(str.lower, names) else ():
+        probe = sources.installed.probe(spec)
+        if not probe.available:
+            rejected.append(Rejection(spec.name, probe.reason))
+        elif spec.name not in chosen:
+            chosen[spec.name] = spec
+            implied.append(spec.name)
     return Decision(
         slot="trackers",
-        choice=tuple(spec.name for spec in specs),
+        choice=tuple(chosen),
         source=ask.source,
-        specs=tuple(specs),
+        specs=tuple(chosen.values()),
+        rejected=tuple(rejected),
+        implied=tuple(implied),
     )
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torchport.plugin.quantizer import Quantizer
     from torchport.plugin.strategy import Prepared, PrepareRequest, Strategy
     from torchport.plugin.tracker import Tracker
+    from torchport.plugin.values import as_images, as_table, flatten, plain
 
 _INTERFACES = {
     "Backend": "backend",
@@ -55,8 +56,12 @@ _INTERFACES = {
     "Quantizer": "quantizer",
     "RunContext": "context",
     "Strategy": "strategy",
-    "bind_step": "binding",
     "Tracker": "tracker",
+    "as_images": "values",
+    "as_table": "values",
+    "bind_step": "binding",
+    "flatten": "values",
+    "plain": "values",
 }
 
 __all__ = [
@@ -89,8 +94,12 @@ __all__ = [
     "Topology",
     "Tracker",
     "TrackerSpec",
+    "as_images",
+    "as_table",
     "bind_step",
+    "flatten",
     "hookimpl",
+    "plain",
     "setting",
 ]
 

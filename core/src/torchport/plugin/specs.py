@@ -297,9 +297,17 @@ class LauncherSpec(Spec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackerSpec(Spec):
-    """A place where metrics go."""
+    """A place where metrics go.
+
+    Attributes:
+        requires_logging_directory: Whether it writes files, and must be given a folder for them.
+        main_process_only: Whether it is built on the main process only.
+    """
 
     kind: ClassVar[str] = "tracker"
+
+    requires_logging_directory: bool = False
+    main_process_only: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchport.errors import UnsupportedOperationError
 from torchport.plugin.specs import TrackerSpec
 
 
 class Tracker(ABC):
-    """A place where metrics go. Built on the main process only.
+    """A place where metrics go. Built on the main process, unless its descriptor says otherwise.
 
     Args:
         spec: The descriptor that named this factory.
@@ -19,17 +20,28 @@ class Tracker(ABC):
         logging_dir: Folder for trackers that write files; empty where none was given.
     """
 
+    spec: TrackerSpec
+    name: str
+
     def __init__(
         self, spec: TrackerSpec, config: Any = None, *, run_name: str = "", logging_dir: str = ""
     ) -> None:
         self.spec = spec
+        self.name = spec.name
         self.config = config
         self.run_name = run_name
         self.logging_dir = logging_dir
 
+    @classmethod
+    def build(
+        cls, spec: TrackerSpec, config: Any = None, *, run_name: str, logging_dir: str, **options: Any
+    ) -> Tracker:
+        """Build a tracker of this class for a run; `options` are the user's `init_kwargs` for it."""
+        return cls(spec, config, run_name=run_name, logging_dir=logging_dir, **options)
+
     @abstractmethod
-    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Record numbers and short texts, all belonging to `step`."""
+    def log(self, metrics: Mapping[str, Any], /, step: int | None = None) -> None:
+        """Record numbers and short texts, all belonging to `step`. May take further arguments by name."""
 
     @abstractmethod
     def close(self) -> None:
@@ -44,17 +56,22 @@ class Tracker(ABC):
         """Record the hyper-parameters of the run."""
         self.log({f"config/{key}": value for key, value in values.items()})
 
-    def log_images(self, images: Mapping[str, Any], step: int | None = None) -> None:
-        """Record images: arrays of shape `(n, height, width, channels)` by name."""
+    def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record images by name: arrays `(n, height, width, channels)`, or lists of `(height, width[, channels])`."""
         self._unsupported("images")
 
     def log_table(
-        self, name: str, columns: list[str], rows: list[list[Any]], step: int | None = None
+        self,
+        table_name: str,
+        columns: Sequence[str] | None = None,
+        data: Sequence[Sequence[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Record a table."""
+        """Record a table: names of columns and rows, or a data frame."""
         self._unsupported("tables")
 
     def _unsupported(self, what: str) -> None:
-        from torchport.errors import UnsupportedOperationError
-
-        raise UnsupportedOperationError(f"tracker {self.spec.name!r} does not take {what}")
+        name = getattr(self, "name", type(self).__name__)
+        raise UnsupportedOperationError(f"tracker {name!r} does not take {what}")

@@ -1,0 +1,73 @@
+"""What the trackers of all services have in common."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from torchport.errors import UnavailableError
+from torchport.plugin import plain
+from torchport.tracking import GeneralTracker
+
+
+class ServiceTracker(GeneralTracker):
+    """A tracker that hands everything to a service's own run.
+
+    On other processes than the main one nothing is opened: `tracker` is `None`, and all methods do nothing. Methods and
+    attributes that this class does not have are those of the run.
+
+    Attributes:
+        run_name: The name that it was opened with.
+    """
+
+    run_name: str = ""
+    _run: Any = None
+
+    @property
+    def tracker(self) -> Any:
+        """The service's own run; `None` on other processes than the main one, and once it is closed."""
+        return self._run
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the service's run has under this name."""
+        if name.startswith("_") or self._run is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self._run, name)
+
+
+def service(module: str, extra: str) -> Any:
+    """Import a module of a service's package.
+
+    Raises:
+        UnavailableError: if the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise UnavailableError(
+            f"the tracker {extra!r} needs the package {module.partition('.')[0]}",
+            found="it is not installed",
+            hint=f"pip install 'torchport-trackers[{extra}]'",
+        ) from error
+
+
+def numbers_and_texts(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """Tell numbers from the rest, in a flat mapping; tensors of one element are numbers, booleans 0 and 1."""
+    numbers: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    for name, value in values.items():
+        value = plain(value)
+        if isinstance(value, (bool, int, float)):
+            numbers[name] = int(value) if isinstance(value, bool) else value
+        else:
+            texts[name] = str(value)
+    return numbers, texts
+
+
+def scalar(value: Any) -> Any:
+    """Return a value as a number, a text or a truth value, which every service takes; anything else as text."""
+    value = plain(value)
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
