@@ -185,13 +185,16 @@ class BackgroundSave:
         finally:
             del self._save  # and the snapshot with it
 
-    def wait(self) -> None:
-        """Wait until it has ended.
+    def join(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join()
+
+    def check(self) -> None:
+        """Say, once, how it has ended.
 
         Raises:
             CheckpointError: if it failed.
         """
-        self._thread.join()
         atexit.unregister(self._report)
         error, self._error = self._error, None
         if isinstance(error, CheckpointError):
@@ -206,6 +209,7 @@ class BackgroundSave:
     def _report(self) -> None:
         """Say at the end of the program that it failed, where nobody has asked."""
         try:
-            self.wait()
+            self.join()
+            self.check()
         except CheckpointError as error:
             print(f"torchport: {error}", file=sys.stderr)  # noqa: T201

@@ -118,9 +118,11 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the save in the background has ended; raise its error, once."""
+        if self._running is None:
+            return
+        self._running.join()  # may be interrupted: then it is still running
         running, self._running = self._running, None
-        if running is not None:
-            running.wait()
+        running.check()
 
     def release(self) -> None:
         """Give back the host memory that snapshots were copied into."""
