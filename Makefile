@@ -29,7 +29,7 @@ test: lint
 TRACKERS := .venv-trackers
 $(TRACKERS)/.ready: $(READY) requirements-trackers.txt
 	$(PYTHON) -m venv $(TRACKERS)
-	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(TRACKERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > $$($(TRACKERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
 	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-trackers.txt
 	@touch $@
 
