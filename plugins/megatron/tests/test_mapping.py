@@ -183,7 +183,9 @@ def test_models_of_the_three_kinds_have_the_right_number_of_parameters(groups):
     head = 32 * 32 + 32 + norm + 128  # dense, its normalization, a bias for each token
     pooler, order = 32 * 32 + 32, 32 * 2 + 2
     assert count(BERT) == embeddings + 2 * 32 + 2 * layer(32, 64) + norm + head + pooler + order
-    stacks = 2 * layer(32, 64) + 3 * layer(32, 64, cross=True)  # Megatron-Core's have no normalization at the end
+    stacks = 2 * layer(32, 64) + 3 * layer(
+        32, 64, cross=True
+    )  # Megatron-Core's have no normalization at the end
     assert count(T5) == embeddings + stacks + 128
 
 
