@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from torch.utils.data import DataLoader
 
 from torchport import envvars
 from torchport.aliases import resolve_keywords, translate_environment
-from torchport.checkpoint.model_folder import save_model
-from torchport.checkpoint.project import Checkpoints, HookHandle
+from torchport.checkpoint.control import CheckpointControl
+from torchport.checkpoint.project import Checkpoints
 from torchport.checkpoint.resume import what_to_resume
 from torchport.checkpoint.state import Contents
-from torchport.checkpoint.weights import model_state, save_weights
 from torchport.config.dynamo import TorchDynamoPlugin
 from torchport.config.kwargs import (
     DataLoaderConfiguration,
@@ -37,7 +35,6 @@ from torchport.ops import exchange
 from torchport.plan.selection import Plan, Request
 from torchport.plugin.backend import Backend
 from torchport.plugin.specs import Topology
-from torchport.plugin.tracker import Tracker
 from torchport.preparation import Preparation
 from torchport.process_control import ProcessControl
 from torchport.runtime import Runtime
@@ -48,10 +45,11 @@ from torchport.training.optimizer import AcceleratedOptimizer
 from torchport.training.random import check_rng_types
 from torchport.training.scheduler import AcceleratedScheduler
 from torchport.training.tracking import Tracking, separate
+from torchport.training.tracking_control import TrackingControl
 from torchport.unwrap import finish
 
 
-class Accelerator(ProcessControl):
+class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
     """Runs a training or inference script on whatever the plan says.
 
     Args:
@@ -504,243 +502,6 @@ class Accelerator(ProcessControl):
         """Whether any process has called `set_trigger` since the last check; the flag is lowered."""
         mine, self._triggered = torch.tensor(int(self._triggered), device=self.device), False
         return bool(exchange.reduce(mine, "sum") > 0)
-
-    # --- saving ------------------------------------------------------------------------------------------
-
-    @property
-    def save_iteration(self) -> int:
-        """Number of the next checkpoint under automatic naming."""
-        return self.project_configuration.iteration
-
-    def save_state(
-        self,
-        output_dir: str | os.PathLike[str] | None = None,
-        safe_serialization: bool = True,
-        blocking: bool = True,
-    ) -> str:
-        """Save everything prepared and registered; call it on every process.
-
-        The folder appears when it is complete, or not at all: a crash leaves the previous one whole. States are
-        tensors and plain values; NumPy's scalars become Python's, and its arrays tensors.
-
-        Args:
-            output_dir: A folder of its own, the same on every process: new, empty, or an older checkpoint, which
-                is replaced as a whole. With automatic naming, leave it out.
-            safe_serialization: Whether weights are written as safetensors.
-            blocking: Whether to return when the checkpoint is on the disk. If not, this returns when the state has
-                been copied to host memory (as much as the files of this process hold), and a thread writes; the next
-                save waits for it. An error is raised by the next `save_state` or `load_state`, by
-                `wait_for_checkpoint` or `end_training`, or printed when the program ends.
-
-        Returns:
-            The folder.
-
-        Raises:
-            CheckpointError: on every process, if any could not write its part, if a state could not be loaded
-                again, or if the folder holds anything else than a checkpoint.
-        """
-        return str(self._checkpoints.save(output_dir, safe_serialization, self.plan, blocking))
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until the checkpoint of `save_state(blocking=False)` is on the disk.
-
-        Raises:
-            CheckpointError: if it could not be saved.
-        """
-        self._checkpoints.wait()
-
-    def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> None:
-        """Load what `save_state` saved, after verifying it; call it on every process.
-
-        Args:
-            input_dir: The folder; with automatic naming, left out, the newest complete one.
-
-        Raises:
-            CheckpointError: on every process, if it is incomplete, damaged, or was made of other objects, or if any
-                process could not load it.
-        """
-        self._checkpoints.load(input_dir)
-
-    def resume(self) -> str | None:
-        """Load the checkpoint that this run goes on from, if there is one; call it on every process.
-
-        Call it once everything is prepared and registered, before training.
-
-        Returns:
-            The checkpoint's folder; `None` in a run that begins anew.
-
-        Raises:
-            CheckpointError: as `load_state`.
-        """
-        return self._checkpoints.resume()
-
-    @property
-    def resumed_from(self) -> str | None:
-        """The checkpoint that `resume` has loaded."""
-        return self._checkpoints.resumed_from
-
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Save and load further objects, which have `state_dict` and `load_state_dict`.
-
-        Args:
-            *objects: The objects. `state_dict` is called on every process, and the state of the main one is saved.
-
-        Raises:
-            ConfigurationError: if one lacks these methods.
-        """
-        self._checkpoints.register(*objects)
-
-    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call a hook on every process in each `save_state`, before weights are written.
-
-        Args:
-            hook: Called as `hook(models, weights, output_dir)` with the prepared models, the list of their state
-                dicts, and the folder that is being written: files it writes there become part of the checkpoint.
-                States that it takes out of `weights` are not written.
-
-        Returns:
-            A handle whose `remove()` takes the hook out.
-        """
-        return HookHandle(self._checkpoints.save_hooks, hook)
-
-    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call a hook on every process in each `load_state`, after verification and before weights are loaded.
-
-        Args:
-            hook: Called as `hook(models, input_dir)` with a list of the prepared models and the checkpoint's folder.
-                Models that it takes out of the list are not loaded: it has loaded them itself.
-
-        Returns:
-            A handle whose `remove()` takes the hook out.
-        """
-        return HookHandle(self._checkpoints.load_hooks, hook)
-
-    def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """Return the whole state of a prepared model; call it on every process."""
-        return model_state(self._contents.strategy, model) if unwrap else model.state_dict()
-
-    def save(self, obj: Any, f: str | os.PathLike[str], safe_serialization: bool = False) -> None:
-        """Write an object on the main process, with `torch.save` or (tensors by name) as safetensors."""
-        if self._checkpoints.leads and safe_serialization:
-            save_weights(obj, Path(f))
-        elif self._checkpoints.leads:
-            self.backend.save(obj, Path(f))
-
-    def save_model(
-        self,
-        model: torch.nn.Module,
-        save_directory: str | os.PathLike[str],
-        max_shard_size: int | str = "10GB",
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write the weights of a prepared model for other programs; call it on every process.
-
-        Args:
-            model: The model, prepared or not.
-            save_directory: A folder; other files in it are left alone. `load_checkpoint_in_model` reads it.
-            max_shard_size: Most bytes in one file, as a number or such as `"200MB"`. If it takes several files, an
-                index says what is where.
-            safe_serialization: Whether to write safetensors.
-
-        Raises:
-            CheckpointError: on every process, if the files cannot be written.
-        """
-        state = self.get_state_dict(model)
-        save_model(state, save_directory, max_shard_size, safe_serialization, leader=self._checkpoints.leads)
-
-    # --- tracking ----------------------------------------------------------------------------------------
-
-    @property
-    def trackers(self) -> list[Tracker]:
-        """The open trackers of this process: nearly all are for the main one alone."""
-        return list(self._tracking.trackers.values())
-
-    def init_trackers(
-        self,
-        project_name: str,
-        config: Mapping[str, Any] | None = None,
-        init_kwargs: Mapping[str, Any] | None = None,
-        strict: bool | None = None,
-    ) -> None:
-        """Open the trackers of the plan and those of the script's own; call it on every process.
-
-        Args:
-            project_name: Name of the experiment.
-            config: Hyper-parameters to record.
-            init_kwargs: By name of a tracker, further arguments for it.
-            strict: Whether a tracker that fails ends the training, instead of being reported once; `None` takes what
-                `TORCHPORT_TRACKERS_STRICT` says.
-
-        Raises:
-            ConfigurationError: if `init_kwargs` names a tracker that the run does not have.
-            TrackerError: on the main process, if one cannot be opened and `strict` is set.
-        """
-        self._tracking.open(project_name, config, init_kwargs or {}, strict)
-
-    def log(
-        self,
-        values: Mapping[str, Any],
-        step: int | None = None,
-        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Hand metrics to every open tracker; call it on any process, the main one's count.
-
-        Args:
-            values: Numbers (tensors of one element too), short texts, or mappings of such, by name.
-            step: What they belong to.
-            log_kwargs: By name of a tracker, further arguments for its `log`.
-        """
-        self._tracking.log(values, step, log_kwargs)
-
-    def log_images(
-        self,
-        values: Mapping[str, Any],
-        step: int | None = None,
-        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Hand images to every open tracker.
-
-        Args:
-            values: By name: an array or a tensor `(n, height, width, channels)`, or a list of single images. Numbers
-                are from 0 to 1, or whole from 0 to 255.
-            step: What they belong to.
-            log_kwargs: By name of a tracker, further arguments for its `log_images`.
-        """
-        self._tracking.log_images(values, step, log_kwargs)
-
-    def log_table(
-        self,
-        table_name: str,
-        columns: Sequence[str] | None = None,
-        data: Sequence[Sequence[Any]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Hand a table to every open tracker.
-
-        Args:
-            table_name: Name of the table.
-            columns: Names of the columns.
-            data: The rows.
-            dataframe: Instead of both: a data frame.
-            step: What it belongs to.
-            log_kwargs: By name of a tracker, further arguments for its `log_table`.
-        """
-        self._tracking.log_table(table_name, columns, data, dataframe, step, log_kwargs)
-
-    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """Return a tracker by name; where it is not open, one whose methods do nothing.
-
-        Args:
-            name: Name of the tracker.
-            unwrap: Whether to return its vendor's own run instead: `None` where it is not open.
-
-        Raises:
-            ConfigurationError: if the run has no such tracker, or `init_trackers` has not been called.
-        """
-        tracker = self._tracking.get(name)
-        return tracker.tracker if unwrap else tracker
 
     # --- the end -----------------------------------------------------------------------------------------
 
