@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timed]
 
 LEFT = 2.0
 """Seconds within which everything is gone after a signal to the launcher."""
