@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-MEMBERS := pyproject.toml core/pyproject.toml plugins/cpu/pyproject.toml plugins/fp8/pyproject.toml plugins/fsdp/pyproject.toml plugins/megatron/pyproject.toml plugins/trackers/pyproject.toml requirements-dev.txt
+PLUGINS := $(wildcard plugins/*)
+MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requirements-dev.txt
 
 .PHONY: demo test test-trackers lint bench docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core -e plugins/cpu -e plugins/fp8 -e plugins/fsdp -e plugins/megatron -e plugins/trackers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core $(PLUGINS:%=-e %)
 	@touch $@
 
 demo: $(READY)
