@@ -2,6 +2,9 @@
 
 import ast
 import gc
+import os
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from torch.utils.data import (
 from torchport import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torchport.data.prepare import prepare_data_loader
 from torchport.data.samplers import BatchSamplerShard
-from torchport.errors import ConfigurationError
+from torchport.errors import ConfigurationError, UnsupportedOperationError
 from torchport.state import AcceleratorState
 
 NUMBERS = TensorDataset(torch.arange(12))
@@ -332,3 +335,107 @@ def outcomes(run_worker, launch):
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_processes(outcomes, check):
     assert [rank.get(check, "not reached") for rank in outcomes] == ["passed", "passed"]
+
+
+def windows(accelerator, model, loader, amid=lambda step: None):
+    """Train; return for each micro-batch whether it ended its window."""
+    ends = []
+    for step, (_batch,) in enumerate(loader):
+        amid(step)
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 1)).mean())
+            ends.append(accelerator.sync_gradients)
+    return ends
+
+
+def test_a_side_iterator_that_is_held_open_ends_no_window():
+    accelerator = fresh(gradient_accumulation_steps=3)
+    training, validation = DataLoader(NUMBERS, batch_size=2), DataLoader(NUMBERS, batch_size=6)
+    model, training, validation = accelerator.prepare(torch.nn.Linear(1, 1), training, validation)
+    side = iter(validation)
+    ends = windows(accelerator, model, training, lambda step: next(side) if step in (1, 3) else None)
+    assert ends == [False, False, True] * 2
+    assert accelerator.gradient_state.in_dataloader  # the side iterator is open still
+    ends = windows(accelerator, model, training)
+    assert ends == [False, False, True] * 2
+
+
+def test_a_validation_loop_amid_training_ends_no_window():
+    accelerator = fresh(gradient_accumulation_steps=3)
+    model, training, validation = accelerator.prepare(
+        torch.nn.Linear(1, 1), DataLoader(NUMBERS, batch_size=2), DataLoader(NUMBERS, batch_size=4)
+    )
+    ends = windows(accelerator, model, training, lambda step: batches(validation))
+    assert ends == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdatas_loader_goes_on_where_it_stood(workers, tmp_path):
+    def run():
+        torch.manual_seed(3)
+        accelerator = fresh(dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+        generator = torch.Generator().manual_seed(1)
+        plain = DataLoader(NUMBERS, batch_size=2, shuffle=True, generator=generator, num_workers=workers)
+        return accelerator, accelerator.prepare(plain)
+
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    accelerator, loader = run()
+    assert isinstance(loader.reader, StatefulDataLoader)
+    expected = []
+    for number, (batch,) in enumerate(loader):
+        expected.append(batch.tolist())
+        if number == 1:
+            accelerator.save_state(tmp_path / "state")
+    following = batches(loader)
+    accelerator, loader = run()
+    accelerator.load_state(tmp_path / "state")
+    assert batches(loader) == expected[2:]
+    assert batches(loader) == following
+    assert sorted(sum(expected, [])) == list(range(12))
+
+
+def test_without_torchdata_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdata.stateful_dataloader", None)
+    with pytest.raises(UnsupportedOperationError, match=r"pip install 'torchdata>=0.8'"):
+        prepare_data_loader(DataLoader(NUMBERS), use_stateful_dataloader=True)
+
+
+class Repeating(IterableDataset):
+    def __iter__(self):
+        yield from range(6)
+
+
+def test_a_set_that_ignores_its_workers_is_told_of_once(capfd, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: os.write(2, str(message).encode()))
+    loader = fresh().prepare(DataLoader(Repeating(), batch_size=3, num_workers=2))
+    assert sorted(sum(batches_of(loader), [])) == sorted([*range(6)] * 2)
+    told = capfd.readouterr().err
+    assert "Repeating does not ask which worker it is in" in told
+    assert "an epoch has each of them 2 times" in told
+    batches_of(loader)
+    assert "Repeating" not in capfd.readouterr().err
+
+
+def batches_of(loader):
+    return [batch.tolist() for batch in loader]
+
+
+def test_persistent_workers_hear_of_a_new_epoch():
+    class Epochs(Dataset):
+        epoch = 0
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return self.epoch
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    plain = DataLoader(Epochs(), batch_size=2, num_workers=1, persistent_workers=True)
+    loader = fresh().prepare(plain)
+    assert batches_of(loader) == [[0, 0]]
+    loader.set_epoch(5)
+    assert batches_of(loader) == [[5, 5]]

@@ -3,6 +3,7 @@
 import json
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 from torchport import Accelerator, DataLoaderConfiguration, PartialState, skip_first_batches
-from torchport.errors import ConfigurationError
+from torchport.errors import ConfigurationError, DataLoadingError
 from torchport.state import AcceleratorState
 from torchport.utils import gather_object, set_seed
 
@@ -198,6 +199,83 @@ def check_joining_cannot_fill_up_batches_without_a_size(folder):
     ):
         iter(loader.batch_sampler)
     assert loader.batch_sampler.even_batches is False
+
+
+class Named(IterableDataset):
+    """Tensors, texts and objects; counts what is read, and fails where it is told to."""
+
+    def __init__(self, length=7, fails_at=None):
+        self.length, self.fails_at, self.read = length, fails_at, 0
+
+    def __iter__(self):
+        for number in range(self.length):
+            if number == self.fails_at:
+                raise ValueError("a broken record")
+            self.read += 1
+            yield {"number": torch.tensor(number), "name": f"n{number}", "seen": {number}}
+
+
+def listed(samples):
+    """Make a batch with leaves that are no tensors."""
+    return {
+        "number": torch.stack([sample["number"] for sample in samples]),
+        "name": [sample["name"] for sample in samples],
+        "seen": set().union(*(sample["seen"] for sample in samples)),
+    }
+
+
+def check_dispatched_batches_hold_anything(folder):
+    for split, size in ((False, 2), (True, 4)):
+        configuration = DataLoaderConfiguration(split_batches=split)
+        accelerator = fresh(dataloader_config=configuration)
+        dataset = Named()
+        loader = accelerator.prepare(DataLoader(dataset, batch_size=size, collate_fn=listed))
+        mine = [(batch["number"].tolist(), batch["name"], batch["seen"]) for batch in loader]
+        shares = ([0, 1], [4, 5]) if accelerator.process_index == 0 else ([2, 3], [6, 0])
+        assert mine == [(share, [f"n{n}" for n in share], set(share)) for share in shares]
+        assert dataset.read == (7 if accelerator.is_main_process else 0)
+        names = [name for b in loader for name in accelerator.gather_for_metrics(b["name"])]
+        assert names == [f"n{n}" for n in range(7)]
+
+
+def check_an_error_of_the_main_process_s_data_set_is_raised_on_all(folder):
+    for workers in (0, 1):
+        accelerator = fresh()
+        plain = DataLoader(Named(fails_at=5), batch_size=1, collate_fn=listed, num_workers=workers)
+        loader, seen = accelerator.prepare(plain), 0
+        expected = ValueError if accelerator.is_main_process else DataLoadingError
+        with pytest.raises(expected, match="a broken record"):
+            for _ in loader:
+                seen += 1
+        assert seen == 1
+        accelerator.wait_for_everyone()
+
+
+def check_a_function_of_the_user_cuts_dispatched_batches(folder):
+    accelerator = fresh(dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    asked = []
+
+    def reversed_slice(batch, part, process_index, num_processes):
+        asked.append((part, process_index, num_processes))
+        return [tensor.flip(0)[part] for tensor in batch]
+
+    loader = accelerator.prepare_data_loader(
+        DataLoader(NUMBERS, batch_size=5), slice_fn_for_dispatch=reversed_slice
+    )
+    mine = [batch.tolist() for (batch,) in loader]
+    assert mine == ([[9, 8, 7, 6, 5]] if accelerator.process_index == 0 else [[4, 3, 2, 1, 0]])
+    main = [(slice(0, 5), 0, 2), (slice(5, 10), 1, 2)]
+    assert asked == (main if accelerator.is_main_process else [])
+
+
+def check_processes_that_all_read_are_told_of(folder):
+    accelerator = fresh(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loader = accelerator.prepare(DataLoader(Divided(), batch_size=2))
+    found = [str(w.message) for w in told if "reads all of Divided" in str(w.message)]
+    assert len(found) == (1 if accelerator.is_main_process else 0)
+    assert metrics(accelerator, loader) == list(range(11))
 
 
 def main() -> None:

@@ -108,6 +108,11 @@ class DataLoaderDispatcher(DataLoaderShard):
         self.channel = channel
         self.slice_fn = slice_fn
 
+    @property
+    def reads_for(self) -> int:
+        """Number of processes for which the main process reads."""
+        return self.channel.world_size
+
     def __len__(self) -> int:
         every = DataLoader.__len__(self)
         rounds = -(-(every - self.channel.rank) // self.channel.world_size)

@@ -107,6 +107,11 @@ class DataLoaderShard(DataLoader[Any]):
         return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
 
     @property
+    def reads_for(self) -> int:
+        """Number of processes for which this one reads."""
+        return 1
+
+    @property
     def keeps_place(self) -> bool:
         """Whether the data set is iterable and has a state of its own."""
         return isinstance(self.dataset, IterableDatasetShard) and has_state(self.dataset.dataset)
@@ -228,7 +233,7 @@ class DataLoaderShard(DataLoader[Any]):
             places = None  # other batches than those of the checkpoint are asked for
         if self.keeps_place:
             epoch.dataset = pickle.dumps(self.user_dataset.state_dict())
-        rounds = skip_rounds(self, epoch.start) if places is None else 0
+        rounds = skip_rounds(self, epoch.start) * self.reads_for if places is None else 0
         persistent = self.num_workers > 0 and self.persistent_workers
         if resumed is None and persistent and self.order.workers_are_seeded:
             self._shelter(epoch)
