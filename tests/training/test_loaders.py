@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import itertools
 import os
 import sys
 import warnings
@@ -392,7 +393,7 @@ def test_torchdatas_loader_goes_on_where_it_stood(workers, tmp_path):
     accelerator.load_state(tmp_path / "state")
     assert batches(loader) == expected[2:]
     assert batches(loader) == following
-    assert sorted(sum(expected, [])) == list(range(12))
+    assert sorted(itertools.chain(*expected)) == list(range(12))
 
 
 def test_without_torchdata_it_says_what_to_install(monkeypatch):
@@ -409,7 +410,7 @@ class Repeating(IterableDataset):
 def test_a_set_that_ignores_its_workers_is_told_of_once(capfd, monkeypatch):
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: os.write(2, str(message).encode()))
     loader = fresh().prepare(DataLoader(Repeating(), batch_size=3, num_workers=2))
-    assert sorted(sum(batches_of(loader), [])) == sorted([*range(6)] * 2)
+    assert sorted(itertools.chain(*batches_of(loader))) == sorted([*range(6)] * 2)
     told = capfd.readouterr().err
     assert "Repeating does not ask which worker it is in" in told
     assert "an epoch has each of them 2 times" in told

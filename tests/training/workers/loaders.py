@@ -242,12 +242,11 @@ def check_an_error_of_the_main_process_s_data_set_is_raised_on_all(folder):
     for workers in (0, 1):
         accelerator = fresh()
         plain = DataLoader(Named(fails_at=5), batch_size=1, collate_fn=listed, num_workers=workers)
-        loader, seen = accelerator.prepare(plain), 0
+        loader = iter(accelerator.prepare(plain))
         expected = ValueError if accelerator.is_main_process else DataLoadingError
+        next(loader)
         with pytest.raises(expected, match="a broken record"):
-            for _ in loader:
-                seen += 1
-        assert seen == 1
+            list(loader)
         accelerator.wait_for_everyone()
 
 
