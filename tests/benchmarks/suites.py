@@ -52,6 +52,22 @@ def _steps(taken: Any, name: str, title: str, limit: float) -> list[Result]:
     ]  # fmt: skip
 
 
+def loader(quick: bool) -> list[Result]:
+    """What a prepared loader adds to a step, without and with workers."""
+    taken = _worker("loader", 20 if quick else 60)
+    notes = [
+        "Epochs of 50 hand-written steps (the model and batches of the step above) over a plain `DataLoader` with `.to`, and"
+        " over a prepared one; workers persist."
+    ]
+    return [
+        Result(
+            f"loader-{workers}", f"Training step with a prepared loader, {workers} workers", seconds,
+            baseline="torch", unit="µs a step", scale=1e6, budget=Budget("ratio", 1.03, "torch"), notes=notes,
+        )
+        for workers, seconds in taken.items()
+    ]  # fmt: skip
+
+
 def help_(quick: bool) -> list[Result]:
     """How long the command lines take to say what they can do."""
     commands = {
@@ -263,6 +279,7 @@ def _compile_once(mode: str, blocks: int) -> dict[str, float]:
 SUITES: dict[str, Callable[[bool], list[Result]]] = {
     "step": step,
     "ddp": ddp,
+    "loader": loader,
     "help": help_,
     "launch": launch,
     "import": import_,

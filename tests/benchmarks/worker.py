@@ -16,14 +16,16 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import CONTESTANTS, STEPS, check
+from contestants import BATCH, CONTESTANTS, STEPS, check, parts
 from sampling import alternate, in_turn
+from torch.utils.data import DataLoader
 
 Taken = dict[str, dict[str, list[float]]]
 """Seconds by what was measured and by contestant."""
@@ -110,6 +112,42 @@ def gather(rounds: int) -> Taken:
             return measure
 
         taken[title] = alternate({name: timed(c.gather) for name, c in contestants.items()}, rounds)
+    return taken
+
+
+def loader(rounds: int) -> dict[str, Taken]:
+    """Time epochs of one hand-written step, whose batches come from a plain loader and `.to`, or a prepared one."""
+    from torchport import Accelerator
+
+    device = torch.device("cpu")
+    accelerator = Accelerator()
+    taken = {}
+    for workers in (0, 2):
+        model, optimizer, _, data = parts()
+        settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+        plain, again = (DataLoader(data, batch_size=BATCH, **settings) for _ in range(2))
+        prepared = accelerator.prepare(DataLoader(data, batch_size=BATCH, **settings))
+
+        def epoch(
+            batches: Any, place: bool, model: torch.nn.Module = model, optimizer: Any = optimizer
+        ) -> float:
+            started = time.perf_counter()
+            for inputs, labels in batches:
+                if place:
+                    inputs, labels = inputs.to(device), labels.to(device)
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+            return (time.perf_counter() - started) / STEPS
+
+        measures: dict[str, Callable[[], float]] = {
+            "torch": partial(epoch, plain, True),
+            "torch (again)": partial(epoch, again, True),
+            "torchport": partial(epoch, prepared, False),
+        }
+        for measure in measures.values():
+            measure()
+        taken[str(workers)] = alternate(measures, rounds)
     return taken
 
 
@@ -219,7 +257,7 @@ def _fabric_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("step", "gather", "save"))
+    parser.add_argument("what", choices=("step", "gather", "loader", "save"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--megabytes", type=int, default=200)
@@ -231,7 +269,7 @@ def main() -> None:
     if args.what == "save":
         taken: Any = save(args.rounds, args.megabytes, args.folder)
     else:
-        taken = {"step": step, "gather": gather}[args.what](args.rounds)
+        taken = {"step": step, "gather": gather, "loader": loader}[args.what](args.rounds)
     if not dist.is_initialized() or dist.get_rank() == 0:
         args.out.write_text(json.dumps(taken))
     if dist.is_initialized():
