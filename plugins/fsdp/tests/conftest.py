@@ -48,3 +48,23 @@ def run_worker(tmp_path_factory):
         return results if code == 0 else output
 
     return run
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Where the checkpoints are that the tests share."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def killed(run_worker, folder):
+    """By two processes: a checkpoint; then one was killed while they saved the next."""
+    output = run_worker("checkpoints.py", "die", str(folder), code=137)
+    assert "rank 1 failed first, killed by SIGKILL" in output
+    return json.loads((folder / ".killed.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def four(run_worker, folder, killed):
+    """By four processes: a checkpoint with each strategy, loaded again with some, and hybrid training."""
+    return run_worker("checkpoints.py", "both", str(folder), "hybrid", "2 sharded", processes=4)

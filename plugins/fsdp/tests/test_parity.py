@@ -17,11 +17,6 @@ def two(run_worker):
     return run_worker("parity.py")
 
 
-@pytest.fixture(scope="module")
-def four(run_worker):
-    return run_worker("parity.py", "hybrid", processes=4)
-
-
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("way", FP32)
 def test_every_way_to_shard_gives_the_losses_of_hand_written_ddp_and_fsdp(two, version, way):
@@ -59,5 +54,5 @@ def test_half_precision_stays_near_ddp_under_autocast(two, loop):
 def test_two_groups_of_two_give_the_losses_of_ddp_over_four(four, version, strategy):
     assert len(four) == 4
     for rank in four:
-        assert rank[f"{version} {strategy}"] == pytest.approx(rank["ddp"], abs=EXACT)
-        assert rank[f"{version} {strategy}"] == pytest.approx(rank["fsdp2"], abs=EXACT)
+        for hand in ("ddp", "fsdp2"):
+            assert rank["parity"][f"{version} {strategy}"] == pytest.approx(rank["parity"][hand], abs=EXACT)

@@ -317,6 +317,8 @@ def _describe(kind: Any) -> str:
             items = [one for one in typing.get_args(member) if one is not Ellipsis]
             count = f"{len(items)} values" if len(items) > 1 else "values"
             described.append(f"{count} with commas, each {_describe(items[0])}")
+        elif isinstance(member, type) and issubclass(member, enum.Enum):
+            described.append(f"one of {', '.join(str(choice.value) for choice in member)}")
         else:
             described.append(names.get(member, getattr(member, "__name__", str(member))))
     return " or ".join(described)

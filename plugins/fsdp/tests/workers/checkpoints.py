@@ -1,16 +1,19 @@
 """Save, go on, load and go on again: within one way to shard, and from any to any other and any number of processes.
 
-checkpoints.py OUT save FOLDER       train 3 steps with each strategy and save; then 3 more
-checkpoints.py OUT load FOLDER       load what each strategy saved into each, and train 3 more
-checkpoints.py OUT die FOLDER        save, then save again and be killed on the way
+save FOLDER           train 3 steps with each strategy and save; then 3 more
+load FOLDER NAME...   load what each strategy saved into each, and train 3 more
+both FOLDER NAME...   save with all, and load with some
+die FOLDER            save and go on; then save again and be killed on the way
 """
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
 import torch
+from parity import hybrid
 from shared import Network, loss_of, prepared, report, train, whole
 from torchport import PartialState
 from torchport.errors import TorchportError
@@ -80,8 +83,11 @@ def die(folder: Path) -> None:
     """Be killed when one process has written its part of the second checkpoint."""
     accelerator, model, optimizer = prepared(Fsdp(**BLOCKS), model=Network(seed=1))
     train(accelerator, model, optimizer, 3)
-    accelerator.save_state(folder / "2 sharded")
-    train(accelerator, model, optimizer, 1)
+    accelerator.save_state(folder / "killed")
+    saved = whole(accelerator, model)
+    results = {"killed": {"saved": saved, "losses": go_on(accelerator, model, optimizer)}}
+    if accelerator.is_main_process:
+        (folder / ".killed.json").write_text(json.dumps(results))
     write = shards.write_shards
 
     def write_and_die(tensors, place, plain=None):
@@ -90,7 +96,7 @@ def die(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     shards.write_shards = write_and_die
-    accelerator.save_state(folder / "2 sharded")
+    accelerator.save_state(folder / "killed")
 
 
 def main() -> None:
@@ -98,7 +104,13 @@ def main() -> None:
     if what == "die":
         die(folder)
         return
-    results = {"save": save, "load": load}[what](folder, names)
+    results = {}
+    if what in ("save", "both"):
+        results |= save(folder, [] if what == "both" else names)
+    if what in ("load", "both"):
+        results |= load(folder, names)
+    if what == "both":
+        results["parity"] = hybrid()
     if what == "load" and not names and PartialState().num_processes == 2:
         accelerator, _, _ = prepared(Fsdp(), model=torch.nn.Linear(3, 3))
         try:

@@ -1,7 +1,5 @@
 """Losses of every way to shard, beside plain PyTorch in the same processes."""
 
-import sys
-
 import torch
 import torch.distributed as dist
 from shared import CLIP, Block, by_hand, report, run
@@ -56,10 +54,6 @@ def hybrid() -> dict:
 
 def main() -> None:
     state = PartialState()
-    if sys.argv[2:] == ["hybrid"]:
-        report(hybrid())
-        PartialState().destroy_process_group()
-        return
     results = {}
     for version in (1, 2):
         for way, settings in WAYS.items():
