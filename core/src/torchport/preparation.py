@@ -121,6 +121,9 @@ class Preparation:
         for i, thing in enumerate(result):
             if isinstance(thing, DataLoader):
                 result[i] = self.loader(thing, placement[i])
+            elif (models or optimizers) and id(thing) in self.bound.schedulers:
+                result[i] = self.bound.schedulers[id(thing)]
+                self.contents.schedulers.append(result[i])
             elif _is_scheduler(thing):
                 result[i] = self.scheduler(thing)
         return result
@@ -144,6 +147,7 @@ class Preparation:
                 device_placement=tuple(places),
                 evaluation_only=evaluation_only,
                 objects=tuple(objects),
+                split_batches=self.loaders.split_batches,
             )
         )
         wrapped = [AcceleratedOptimizer(one, prepared, self.gradients) for one in prepared.optimizers]

@@ -178,6 +178,7 @@ class GradientState:
 
     Attributes:
         sync_gradients: Whether the current micro-batch ends its accumulation window.
+        inside_window: Whether the script is inside `accumulate()`, which decides that.
         active_dataloader: The prepared loader that gave a batch last, of those being iterated.
         dataloader_references: The loaders being iterated, outermost first; `None` stands for none.
         plugin_kwargs: The settings of gradient accumulation that differ from their defaults.
@@ -191,6 +192,7 @@ class GradientState:
         self.__dict__ = GradientState._shared
         if not self.initialized:
             self.sync_gradients = True
+            self.inside_window = False
             self.active_dataloader: Any = None
             self.dataloader_references: list[Any] = [None]
             self.lend: Callable[[Any, Iterator[Any]], Iterator[Any]] | None = None

@@ -175,7 +175,9 @@ def names_spec(spec: Spec, value: Any) -> bool:
 
 
 def configures(spec: Spec, value: Any) -> bool:
-    """Whether `value` is an instance of the spec's settings, told by the name of its class alone."""
+    """Whether `value` is an instance of the spec's settings, or several by name; told by the name of the class."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(configures(spec, one) for one in value.values())
     return bool(spec.config) and any(
         f"{kind.__module__}:{kind.__qualname__}" == spec.config for kind in type(value).__mro__
     )

@@ -64,7 +64,7 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
     decisions = (
         backend,
         strategy,
-        slots.fill_precision(sources, device),
+        slots.fill_precision(sources, device, strategy),
         slots.fill_collectives(sources, device, distributed=distributed),
         slots.fill_optional("launcher", sources),
         slots.fill_trackers(sources),

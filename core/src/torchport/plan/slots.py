@@ -75,9 +75,12 @@ def fill_strategy(sources: Sources, backend: BackendSpec, topology: Topology) ->
     return _highest("strategy", fitting, rejected, sources, f"fits {count}")
 
 
-def fill_precision(sources: Sources, backend: BackendSpec) -> Decision:
-    """Take the precision that was asked for, else the one that calls itself the default."""
+def fill_precision(sources: Sources, backend: BackendSpec, strategy: Decision | None = None) -> Decision:
+    """Take the precision that was asked for, else that of the strategy's settings, else the default one."""
     ask = sources.ask("precision")
+    if ask is None and strategy is not None:
+        wanted = getattr(strategy.config, "precision", "")
+        ask = Ask(wanted, f"the settings of strategy {strategy.name!r}") if wanted else None
     if ask is not None:
         return _check_needs(_as_asked("precision", ask, sources), backend, sources.installed)
     specs = sources.installed.specs("precision")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class PrepareRequest:
         evaluation_only: Whether the models will not be trained, so that no gradients need be exchanged.
         objects: Everything given to the same call of `prepare`, in order: also the schedulers, and the loaders,
             whose batch size an engine may want to know.
+        split_batches: Whether the batch size of a loader is that of all processes together.
     """
 
     models: tuple[torch.nn.Module, ...]
@@ -37,6 +38,7 @@ class PrepareRequest:
     device_placement: tuple[bool, ...] = ()
     evaluation_only: bool = False
     objects: tuple[Any, ...] = ()
+    split_batches: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,8 @@ class Prepared:
             optimizers: `gradients(models)`. They are averaged over processes after a backward that synchronizes.
         unscale_gradients: Divides the loss scale out of the gradients of one optimizer, or of all (`None`).
         owns_accumulation: Whether the strategy counts and averages micro-batches itself.
+        schedulers: Schedulers that the strategy steps by itself, by the `id` of the one in the request's objects.
+            The others follow their optimizers.
     """
 
     models: tuple[torch.nn.Module, ...]
@@ -73,6 +77,7 @@ class Prepared:
     gradients: Callable[[Sequence[torch.nn.Module]], list[torch.Tensor]]
     unscale_gradients: Callable[[torch.optim.Optimizer | None], None]
     owns_accumulation: bool = False
+    schedulers: Mapping[int, Any] = field(default_factory=dict)
 
 
 class Strategy(ABC):

@@ -162,7 +162,7 @@ class AccumulationWindow:
         return context.collectives.all_reduce(number, "sum")
 
     def __enter__(self) -> AccumulationWindow:
-        self._inside = True
+        self._inside = self.gradients.inside_window = True
         for context in self._contexts:
             context.__enter__()
         return self
@@ -170,7 +170,7 @@ class AccumulationWindow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._inside = False
+        self._inside = self.gradients.inside_window = False
         if self._contexts:
             contexts, self._contexts = self._contexts, []
             for context in reversed(contexts):
