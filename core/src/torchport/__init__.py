@@ -94,6 +94,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     module = _EXPORTS.get(name)
+    if module is None and name[:1].isupper():  # a class; what is not, may be a submodule being imported
+        from torchport.utils import plugin_module
+
+        module = plugin_module(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(module), name)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from torchport import envvars
-from torchport.aliases import resolve_keywords, translate_environment
+from torchport.aliases import STATE_ATTRIBUTES, resolve_keywords, translate_environment
 from torchport.checkpoint.control import CheckpointControl
 from torchport.checkpoint.project import Checkpoints
 from torchport.checkpoint.resume import what_to_resume
@@ -232,6 +232,12 @@ class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
     def use_stateful_dataloader(self) -> bool:
         """Whether loaders are torchdata's `StatefulDataLoader`."""
         return self.dataloader_config.use_stateful_dataloader
+
+    def __getattr__(self, name: str) -> Any:
+        """Return documented attributes that belong to a strategy, as the state has them."""
+        if name in STATE_ATTRIBUTES:
+            return getattr(self.state, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     # --- preparing ---------------------------------------------------------------------------------------
 

@@ -237,6 +237,43 @@ AVAILABILITY: Mapping[str, Availability] = {
 
 PURGED = ("ACCELERATE_", "TORCHPORT_")
 """Beginnings of the variables that `purge_accelerate_environment` takes back."""
+STATE_ATTRIBUTES = {
+    "deepspeed_plugin": "deepspeed",
+    "fsdp_plugin": "fsdp",
+    "megatron_lm_plugin": "megatron",
+}
+"""Documented attributes of `AcceleratorState` with the settings of a strategy: which; `None` under another one."""
+
+STATE_SELECTORS = ("select_deepspeed_plugin",)
+"""Documented methods of `AcceleratorState` that select one of several settings of the strategy by name."""
+
+PLUGIN_NAMES: Mapping[str, str] = {
+    "DeepSpeedEngineWrapper": "deepspeed",
+    "DeepSpeedOptimizerWrapper": "deepspeed",
+    "DeepSpeedPlugin": "deepspeed",
+    "DeepSpeedSchedulerWrapper": "deepspeed",
+    "DummyOptim": "deepspeed",
+    "DummyScheduler": "deepspeed",
+    "FullyShardedDataParallelPlugin": "fsdp",
+    "disable_fsdp_ram_efficient_loading": "fsdp",
+    "enable_fsdp_ram_efficient_loading": "fsdp",
+    "fsdp2_load_full_state_dict": "fsdp",
+    "fsdp2_prepare_auto_wrap_policy": "fsdp",
+    "fsdp2_prepare_model": "fsdp",
+    "fsdp2_switch_optimizer_parameters": "fsdp",
+    "merge_fsdp_weights": "fsdp",
+    "get_active_deepspeed_plugin": "deepspeed",
+}
+"""Documented names of `torchport.utils` that a plugin brings: which."""
+
+STANDARD_LAUNCHER = "standard"
+MACHINE_LAUNCHERS: Mapping[str, str] = {
+    "deepspeed_hostfile": "deepspeed",
+    "deepspeed_inclusion_filter": "deepspeed",
+    "deepspeed_exclusion_filter": "deepspeed",
+    "deepspeed_multinode_launcher": "deepspeed",
+}
+"""Settings of plugins that, when given, choose a launcher; the value `standard` leaves the choice."""
 
 # --- which plugin reads what ---
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from torchport.aliases import STATE_ATTRIBUTES, STATE_SELECTORS
 from torchport.config.kwargs import GradientAccumulationPlugin
 from torchport.distributed_type import DistributedType
-from torchport.errors import TorchportError
+from torchport.errors import ConfigurationError, TorchportError
 from torchport.plan.selection import Plan, Request
 from torchport.plugin.specs import Topology
 from torchport.process_control import ProcessControl
@@ -163,6 +164,42 @@ class AcceleratorState(PartialState):
     def strategy(self) -> str:
         """Name of the strategy."""
         return self.plan.strategy
+
+    @property
+    def strategy_settings(self) -> Any:
+        """The settings of the strategy; of several by name, the selected one."""
+        settings = self.plan["strategy"].config
+        if not isinstance(settings, Mapping):
+            return settings
+        return next((one for one in settings.values() if one.selected), None)
+
+    def select_strategy_settings(self, name: str) -> None:
+        """Select one of several settings of the strategy, for the models that are prepared next.
+
+        Args:
+            name: Its key in the mapping that the accelerator was given.
+
+        Raises:
+            ConfigurationError: if there is none of that name.
+        """
+        settings = self.plan["strategy"].config
+        known = settings if isinstance(settings, Mapping) else {}
+        if name not in known:
+            raise ConfigurationError(
+                f"the strategy {self.strategy!r} has no settings called {name!r}",
+                found=", ".join(map(repr, known)) or "one alone, without a name",
+                hint="Accelerator(strategy={'a name': settings, ...})",
+            )
+        for key, one in known.items():
+            one.selected = key == name
+
+    def __getattr__(self, name: str) -> Any:
+        """Return documented attributes that belong to a strategy: its settings, `None` under another one."""
+        if name in STATE_SELECTORS:
+            return self.select_strategy_settings
+        if name in STATE_ATTRIBUTES:
+            return self.strategy_settings if self.strategy == STATE_ATTRIBUTES[name] else None
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     @staticmethod
     def _reset_state(reset_partial_state: bool = False) -> None:

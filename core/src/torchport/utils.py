@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
-from torchport.aliases import AVAILABILITY
+from torchport.aliases import AVAILABILITY, PLUGIN_NAMES
 
 _EXPORTS = {
     # settings
@@ -101,9 +102,23 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 
+def plugin_module(name: str) -> str | None:
+    """Return the module of the plugin that brings a documented name; `None` if none is known to.
+
+    Raises:
+        ImportError: if that plugin is not installed.
+    """
+    plugin = PLUGIN_NAMES.get(name)
+    if plugin is None:
+        return None
+    if importlib.util.find_spec(f"torchport_{plugin}") is None:
+        raise ImportError(f"{name} comes with a plugin: pip install torchport-{plugin}")
+    return f"torchport_{plugin}"
+
+
 def __getattr__(name: str) -> Any:
     """Import a utility when it is first used."""
-    module = _EXPORTS.get(name)
+    module = _EXPORTS.get(name) or plugin_module(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(module), name)

@@ -133,9 +133,18 @@ def apply_settings(
                 origins[item.env] = f"--{flag}"
             if item.yaml:
                 sections.setdefault(plugin.section, {})[item.yaml] = converted
+    given = {key for content in sections.values() for key, value in content.items() if _reaches_out(value)}
+    for key in sorted(given & aliases.MACHINE_LAUNCHERS.keys()):
+        environ.setdefault(envvars.LAUNCHER, aliases.MACHINE_LAUNCHERS[key])
+        origins.setdefault(envvars.LAUNCHER, key)
     if origins:
         environ[envvars.ORIGINS] = envvars.format_origins(origins)
     return dataclasses.replace(resolved, environ=environ, sections=sections)
+
+
+def _reaches_out(value: Any) -> bool:
+    """Whether a setting about machines asks for the launcher that it belongs to."""
+    return value not in (None, "", aliases.STANDARD_LAUNCHER)
 
 
 def _put_section(

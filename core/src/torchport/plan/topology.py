@@ -14,11 +14,13 @@ def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topolog
     """Ask the installed launchers, the most specific last, and take the first answer.
 
     Launchers with a priority above 0 are asked first: `torchrun` and `local` set complete variables, also
-    when they run inside an allocation of a cluster's scheduler.
+    when they run inside an allocation of a cluster's scheduler. Where their variables are not complete, another
+    launcher may have set them.
 
     Raises:
-        LaunchError: if a launcher's variables contradict themselves.
+        LaunchError: if a launcher's variables contradict themselves, and no other launcher knows them.
     """
+    problem: LaunchError | None = None
     for spec in sorted(installed.specs("launcher"), key=lambda spec: (-spec.priority, spec.name)):
         launcher = _build(spec, installed)
         if launcher is None:
@@ -26,13 +28,16 @@ def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topolog
         try:
             topology = launcher.detect(environ)
         except ValueError as error:
-            raise LaunchError(
+            problem = problem or LaunchError(
                 f"the variables of launcher {spec.name!r} do not describe a place in a job",
                 reason=str(error),
                 hint="unset them, or start the script with `torchport launch`",
-            ) from error
+            )
+            continue
         if topology is not None:
             return topology
+    if problem is not None:
+        raise problem
     return Topology()
 
 

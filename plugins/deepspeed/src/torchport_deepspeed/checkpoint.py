@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from torchport.checkpoint.weights import load_weights, save_weights
 from torchport.errors import CheckpointError
 from torchport.runtime import Runtime
@@ -24,7 +23,10 @@ FORMAT = "deepspeed"
 """The name of this format in a checkpoint's manifest."""
 
 _FACTS = "engine.json"
+_LAYOUTS = {0: "whole", 1: "flat", 2: "flat", 3: "by parameter"}
+"""How the states of each stage are laid out; those of one layout can be converted into each other."""
 _TAG = "pytorch_model"
+_MODEL_FILE = "mp_rank_00_model_states.pt"
 _CODE = frozenset({
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -85,10 +87,10 @@ def _load_engine(engine: Any, folder: Path, tag: str) -> None:
         if found is None:
             raise CheckpointError(f"{folder / tag} could not be loaded by DeepSpeed")
         return
-    if 0 in (saved["stage"], now["stage"]):
+    if _LAYOUTS[saved["stage"]] != _LAYOUTS[now["stage"]]:
         raise CheckpointError(
             f"{folder} was saved with ZeRO stage {saved['stage']}, and this run has {now['stage']}",
-            reason="states that are not partitioned and those that are cannot be converted into each other",
+            reason="DeepSpeed converts states between stages 1 and 2, and between numbers of processes; nothing else",
             hint="load whole weights before prepare(): load_checkpoint_in_model(), of what save_model() wrote",
         )
     with tempfile.TemporaryDirectory(prefix="torchport-universal-") as made:
@@ -113,9 +115,22 @@ def _load_engine(engine: Any, folder: Path, tag: str) -> None:
         try:
             with library.quietly():
                 engine.load_checkpoint(str(place), tag=tag)
+            _load_buffers(engine, place / tag)
         finally:
             engine._config.load_universal_checkpoint = False
             dist.barrier()
+
+
+def _load_buffers(engine: Any, folder: Path) -> None:
+    """Load what the universal format leaves out: the model's buffers."""
+    buffers = dict(engine.module.named_buffers())
+    if not buffers:
+        return
+    path = sorted(folder.glob(f"*{_MODEL_FILE}"))[0]
+    saved = torch.load(path, map_location="cpu", weights_only=False)["module"]  # looked through before
+    for name, buffer in buffers.items():
+        if name in saved:
+            buffer.copy_(saved[name])
 
 
 def convert(source: Path, target: Path) -> None:

@@ -207,7 +207,8 @@ class DeepSpeedPlugin:
 
     def _check(self) -> None:
         """Check each value by itself, as it comes from a script unconverted."""
-        for item in settings_of(type(self)):
+        kind: Any = type(self)
+        for item in settings_of(kind):
             if item.name != "hf_ds_config":
                 value = item.coerce(getattr(self, item.name), f"DeepSpeedPlugin({item.name}=...)")
                 setattr(self, item.name, value)
@@ -234,7 +235,7 @@ class DeepSpeedPlugin:
             wanted = given.get(name, _DEFAULTS.get(name))
             if there is None and (name in given or not self.has_file or name == "zero_stage"):
                 is_path = name.endswith("_path")
-                if wanted is not None and not (wanted == "none" or is_path and name not in given):
+                if wanted is not None and not (wanted == "none" or (is_path and name not in given)):
                     ds_config.put(self.deepspeed_config, place, wanted)
             elif there == AUTO and wanted is not None:
                 ds_config.put(self.deepspeed_config, place, wanted)
@@ -307,7 +308,9 @@ class DeepSpeedPlugin:
         )
 
         if self.zero3_init_flag:
-            self.dschf = HfDeepSpeedConfig(copy.deepcopy(self.config))  # kept: it is registered while it lives
+            self.dschf = HfDeepSpeedConfig(
+                copy.deepcopy(self.config)
+            )  # kept: it is registered while it lives
         elif self.dschf is not None:
             unset_hf_deepspeed_config()
             self.dschf = None

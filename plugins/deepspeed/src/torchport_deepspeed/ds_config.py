@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +41,9 @@ def read(source: Any) -> dict[str, Any]:
         loaded = json.loads(text)
     except ValueError as error:
         raise ConfigurationError(
-            f"{where} is not JSON", reason=str(error), hint="no comments, and no comma before a closing bracket"
+            f"{where} is not JSON",
+            reason=str(error),
+            hint="no comments, and no comma before a closing bracket",
         ) from error
     if not isinstance(loaded, dict):
         raise ConfigurationError(f"{where} must hold one JSON object", found=type(loaded).__name__)
@@ -49,15 +52,14 @@ def read(source: Any) -> dict[str, Any]:
 
 def _text(source: str) -> tuple[str, str]:
     """Return the JSON of a file or of a text in base64, and what to call it."""
-    path = Path(source).expanduser()
-    try:
+    with contextlib.suppress(OSError):  # a long text is no name of a file
+        path = Path(source).expanduser()
         if path.is_file():
             return path.read_text(encoding="utf-8"), f"the DeepSpeed configuration {source!r}"
+    with contextlib.suppress(binascii.Error, ValueError):
         decoded = base64.urlsafe_b64decode(source).decode("utf-8")
         if decoded.lstrip().startswith("{"):
             return decoded, "the DeepSpeed configuration in base64"
-    except (OSError, binascii.Error, UnicodeDecodeError, ValueError):
-        pass
     raise ConfigurationError(
         f"the DeepSpeed configuration {source[:80]!r} cannot be read",
         found="there is no such file, and it is no JSON in base64",
@@ -203,6 +205,4 @@ class Resolution:
     def report(self) -> str:
         """Return the values that were worked out, one a line."""
         width = max((len(place) for place, _, _ in self.lines), default=0)
-        return "\n".join(
-            f"  {place:<{width}}  {value}  ({origin})" for place, value, origin in self.lines
-        )
+        return "\n".join(f"  {place:<{width}}  {value}  ({origin})" for place, value, origin in self.lines)

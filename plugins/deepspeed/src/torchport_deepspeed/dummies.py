@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-
 from torchport.errors import ConfigurationError
 
 

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-
 from torchport.errors import ConfigurationError, OperationError, UnsupportedOperationError
 from torchport.plugin.strategy import Prepared
 from torchport.state import GradientState
@@ -33,7 +32,7 @@ class DeepSpeedEngineWrapper:
         self.engine = engine
         self.clipping = clipping
         self.state = GradientState()
-        self.steps = engine.gradient_accumulation_steps()
+        self.steps: int = engine.gradient_accumulation_steps()
         self.due = False
         self._counted = 0
         self._held_back = 0
@@ -55,7 +54,7 @@ class DeepSpeedEngineWrapper:
 
     def _is_due(self) -> bool:
         """Whether the optimizer steps after this backward."""
-        state = self.state
+        state: Any = self.state
         if self._forced:
             return True
         if self._held_back:
@@ -73,7 +72,8 @@ class DeepSpeedEngineWrapper:
         """
         if closure is not None:
             raise OperationError(
-                "a DeepSpeed engine takes no closure", hint="an optimizer that needs none, or another strategy"
+                "a DeepSpeed engine takes no closure",
+                hint="an optimizer that needs none, or another strategy",
             )
         if not self.due:
             return False
@@ -165,7 +165,9 @@ class DeepSpeedEngineWrapper:
             raise self._unsupported("they are offloaded")
         averaged = getattr(optimizer, "averaged_gradients", None)
         if averaged is not None:
-            return [gradient for group in averaged.values() for gradient in group or () if gradient is not None]
+            return [
+                gradient for group in averaged.values() for gradient in group or () if gradient is not None
+            ]
         return [p.grad for p in self.engine.module.parameters() if p.grad is not None]
 
     def _unsupported(self, reason: str) -> UnsupportedOperationError:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from torchport.errors import IncompatibleError
 from torchport.plugin import Topology
 from torchport.runtime import Runtime
@@ -75,7 +74,7 @@ def _open() -> None:
     """Let DeepSpeed communicate over the open group; forget groups of a run that has ended."""
     from deepspeed.utils import groups
 
-    comm = importlib.import_module("deepspeed.comm.comm")
+    comm: Any = importlib.import_module("deepspeed.comm.comm")
     backend: Any = importlib.import_module("deepspeed.comm.torch")  # an attribute of that name is PyTorch
     kept: dict[str, Any] = groups.__dict__.setdefault("_torchport_initial", {})
     names = [name for name in vars(groups) if name.isupper() and name.startswith("_")]

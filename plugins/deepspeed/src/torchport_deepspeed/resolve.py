@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from torchport.errors import ConfigurationError, UnavailableError
 
 from torchport_deepspeed import ds_config
@@ -49,6 +48,7 @@ def resolve(
         UnavailableError: if what is asked for cannot work on this machine.
     """
     config = copy.deepcopy(plugin.deepspeed_config)
+    _check_roles(config, optimizer, schedulers)
     made = ds_config.Resolution(config)
     _fill_precision(made, precision)
     made.fill("gradient_accumulation_steps", accumulation, "the accelerator's")
@@ -61,7 +61,6 @@ def resolve(
     for name in _MIXED:
         made.drop(f"{name}.", "DeepSpeed's default")
     made.finish()
-    _check_roles(config, optimizer, schedulers)
     _check_offload(config)
     if optimizer is None:
         config.pop("optimizer", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-
 from torchport.errors import ConfigurationError, UnsupportedOperationError
 from torchport.ops.pytree import convert_to_fp32, recursively_apply
 from torchport.plugin import StrategySpec
@@ -86,8 +84,7 @@ class DeepSpeedStrategy(Strategy):
         plugin, optimizer = self.plugin, self._check(request)
         if not request.models:
             return bind_step(request, ())
-        described = "optimizer" in plugin.deepspeed_config and not request.evaluation_only
-        if optimizer is None and (plugin.zero_stage != 3 or described and not request.optimizers):
+        if optimizer is None and plugin.zero_stage != 3:
             return self._untrained(request)
         (model,) = request.models
         clipping = None if plugin.is_auto("gradient_clipping") else plugin.get_value("gradient_clipping")
@@ -220,7 +217,7 @@ class DeepSpeedStrategy(Strategy):
             f" {engine.train_micro_batch_size_per_gpu()} for each step"
         )
         if plugin.has_file and resolved:
-            print(f'torchport: "auto" in its configuration\n{resolved}', file=sys.stderr)  # noqa: T201
+            _say(f'what "auto" stands for in its configuration\n{resolved}')
 
     # --- contexts ------------------------------------------------------------------------------------------
 
@@ -353,6 +350,12 @@ def _cast(engine: Any) -> None:
     engine.register_forward_hook(after)
 
 
+_said: set[str] = set()
+
+
 def _say(sentence: str) -> None:
-    if int(os.environ.get("RANK", "0") or 0) == 0:
+    """Tell the user something once, on the main process."""
+    runtime = Runtime.current
+    if (runtime is None or runtime.topology.rank == 0) and sentence not in _said:
+        _said.add(sentence)
         print(f"torchport: {sentence}", file=sys.stderr)  # noqa: T201

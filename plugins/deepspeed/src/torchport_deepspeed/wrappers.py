@@ -30,12 +30,12 @@ class DeepSpeedOptimizerWrapper(torch.optim.Optimizer):
         self.optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         """State by partition."""
         return self.optimizer.state
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """Settings of groups that do not say otherwise."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return dict(getattr(inner, "defaults", {}))
