@@ -50,12 +50,28 @@ def test_one_process_gives_the_losses_of_torchao_by_hand(one_process, case):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("case", [*CASES, "gathered"])
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_losses_of_torchao_by_hand(two_processes, case):
     assert [result["processes"] for result in two_processes] == [2, 2]
     for result in two_processes:
         assert result[case]["torchport"] == pytest.approx(result[case]["hand"], rel=1e-6)
     assert two_processes[0][case]["torchport"] != two_processes[1][case]["torchport"]
+
+
+@pytest.mark.multiprocess
+def test_fsdp_gathers_weights_in_8_bits_with_the_losses_of_torchao_by_hand(two_processes):
+    for result in two_processes:
+        runs, hand = result["sharded"], result["sharded"]["hand"]
+        assert runs[""]["losses"] == pytest.approx(hand, rel=1e-6)
+        assert runs["precomputed"]["losses"] == pytest.approx(hand, rel=1e-6)
+        assert (runs[""]["scale"], runs["precomputed"]["scale"]) == (False, True)
+        for run in (runs[""], runs["precomputed"]):
+            assert run["kind"] == "WeightWithDynamicFloat8CastTensor"
+    for run in (two_processes[0]["sharded"][""], two_processes[0]["sharded"]["precomputed"]):
+        assert run["kinds"] == ["Tensor"]  # the whole state, which the main process has
+        assert run["names"] == list(parity.network().state_dict())
+    first, second = (result["sharded"]["hand"] for result in two_processes)
+    assert first != second
 
 
 @pytest.mark.multiprocess

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchport import Accelerator, PartialState
 from torchport.state import AcceleratorState
-from torchport_fp8 import AORecipeKwargs, convert_model_to_fp8_ao
+from torchport_fp8 import AORecipeKwargs
 
 # recipe, accumulation, settings of AORecipeKwargs, names of the layers that are converted by hand
 CASES = {
@@ -134,36 +134,56 @@ def resume(folder: Path) -> dict[str, list[float]]:
     return {"uninterrupted": uninterrupted, "resumed": resumed}
 
 
-def gathered_in_float8(hand: bool) -> list[float]:
-    """Train with FSDP2 that gathers weights in 8 bits, which the torchao of Torchport prepares, or torchao itself."""
-    from torch.distributed.fsdp import fully_shard
-    from torchao.float8 import (
-        Float8LinearConfig,
-        convert_to_float8_training,
-        precompute_float8_dynamic_scale_for_fsdp,
-    )
+def sharded_by_hand() -> list[float]:
+    """Train with FSDP2 that gathers weights in 8 bits, all written out."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    config = Float8LinearConfig(emulate=True, enable_fsdp_float8_all_gather=True)
     model = network()
-    torch.manual_seed(PartialState().process_index)
-    before = list(model.parameters())
-    if hand:
-        convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in "24")
-    else:
-        convert_model_to_fp8_ao(model, config)
-        assert all(old is new for old, new in zip(before, model.parameters(), strict=True))
-    for layer in (model[2], model[4], model):
-        fully_shard(layer)
+    config = Float8LinearConfig(emulate=True, enable_fsdp_float8_all_gather=True)
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in {"2", "4"})
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    losses = []
-    for _ in range(3):
-        loss = model(torch.randn(16, 16)).pow(2).mean()
+    state, losses = PartialState(), []
+    for inputs, labels in list(DataLoader(data(), batch_size=16))[state.process_index :: state.num_processes]:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(inputs)
+        loss = nn.functional.cross_entropy(outputs.float(), labels)
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        precompute_float8_dynamic_scale_for_fsdp(model)
-        losses.append(loss.item())
     return losses
+
+
+def sharded(precompute: bool) -> dict:
+    """Train with FSDP2 that gathers weights in 8 bits; the optimizer is made before."""
+    AcceleratorState._reset_state()
+    recipe = AORecipeKwargs(
+        emulate=True,
+        enable_fsdp_float8_all_gather=True,
+        precompute_float8_dynamic_scale_for_fsdp=precompute,
+    )
+    accelerator = Accelerator(strategy="fsdp", precision="fp8", kwargs_handlers=[recipe])
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data(), batch_size=16))
+    losses = []
+    for inputs, labels in loader:
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+        losses.append(loss.item())
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = model.get_submodule("2").weight
+    whole = accelerator.get_state_dict(model)
+    return {
+        "losses": losses,
+        "kind": type(weight.to_local()).__name__,
+        "scale": weight._local_tensor._precomputed_scale is not None,
+        "names": list(whole),
+        "kinds": sorted({type(value).__name__ for value in whole.values()}),
+    }
 
 
 def results(folder: Path) -> dict:
@@ -175,10 +195,7 @@ def results(folder: Path) -> dict:
     found["resume"] = resume(folder)
     state = PartialState()
     if state.num_processes > 1:
-        found["gathered"] = {
-            "torchport": gathered_in_float8(hand=False),
-            "hand": gathered_in_float8(hand=True),
-        }
+        found["sharded"] = {"": sharded(False), "precomputed": sharded(True), "hand": sharded_by_hand()}
     found["processes"], found["rank"] = state.num_processes, state.process_index
     found["precision"] = state.plan.precision
     AcceleratorState._reset_state()
