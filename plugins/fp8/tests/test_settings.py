@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torchport_fp8
+from torchport import utils
 from torchport.config import schema
 from torchport.config.launch import LaunchConfig
 from torchport.config.layers import Resolved
@@ -167,3 +168,9 @@ def test_the_environment_chooses_the_recipe():
 
 def test_every_public_name_can_be_imported():
     assert [name for name in torchport_fp8.__all__ if not hasattr(torchport_fp8, name)] == []
+
+
+def test_the_documented_names_are_those_of_the_utilities():
+    for name in torchport_fp8.__all__:
+        if name not in ("FP8Engine", "fp8_autowrap"):
+            assert getattr(utils, name) is getattr(torchport_fp8, name)

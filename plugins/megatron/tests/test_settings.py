@@ -6,6 +6,7 @@ import importlib.metadata
 
 import pytest
 import torchport_megatron
+from torchport import utils
 from torchport.config import schema
 from torchport.config.launch import LaunchConfig
 from torchport.config.layers import Resolved
@@ -132,3 +133,8 @@ def test_indexed_data_sets_are_refused():
 
 def test_every_public_name_can_be_imported():
     assert [name for name in torchport_megatron.__all__ if not hasattr(torchport_megatron, name)] == []
+
+
+def test_the_documented_names_are_those_of_the_utilities():
+    for name in torchport_megatron.__all__:
+        assert getattr(utils, name) is getattr(torchport_megatron, name)
