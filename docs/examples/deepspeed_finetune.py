@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="texts of one process at a time")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches for each optimizer step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--max-length", type=int, default=48, help="tokens of a text")
-    parser.add_argument("--train-size", type=int, default=2400)
+    parser.add_argument("--max-length", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--train-size", type=int, default=1280)
     args = parser.parse_args()
 
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulation)
