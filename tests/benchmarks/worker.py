@@ -1,4 +1,4 @@
-"""What runs inside the measured processes: `worker.py step|gather|save OUT [options]`.
+"""What runs inside the measured processes: `worker.py step|engine|gather|save OUT [options]`.
 
 `run.py` starts it, with torchrun where two processes are wanted, and reads the durations that rank 0 writes to OUT.
 """
@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import BATCH, CONTESTANTS, STEPS, check, parts
+from contestants import BATCH, CONTESTANTS, ENGINES, STEPS, Contestant, check, parts
 from sampling import alternate, in_turn
 from torch.utils.data import DataLoader
 
@@ -50,20 +50,20 @@ WARM_UP = (
 GENERATION = 20  # rounds
 
 
-def step(rounds: int) -> Taken:
+def step(rounds: int, contestants: Mapping[str, Callable[[], Contestant]] = CONTESTANTS) -> Taken:
     """Time some steps of each contestant in turn, by the clock on the wall and by that of the processor.
 
     Two equal loops differ by some per cent for as long as they live, by where their tensors happen to lie in
     memory. All contestants are therefore made anew, in another order, every few rounds.
     """
     open_group()
-    names = list(CONTESTANTS)
+    names = list(contestants)
     wall: dict[str, list[float]] = {name: [] for name in names}
     processor: dict[str, list[float]] = {name: [] for name in names}
     for generation in range(-(-rounds // GENERATION)):
         first = generation % len(names)
         gc.unfreeze()
-        made = {name: CONTESTANTS[name]() for name in names[first:] + names[:first]}
+        made = {name: contestants[name]() for name in names[first:] + names[:first]}
         running = {name: contestant.run() for name, contestant in made.items()}
         for steps in running.values():
             deque(islice(steps, STEPS), maxlen=0)
@@ -257,7 +257,7 @@ def _fabric_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("step", "gather", "loader", "save"))
+    parser.add_argument("what", choices=("step", "engine", "gather", "loader", "save"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--megabytes", type=int, default=200)
@@ -269,7 +269,12 @@ def main() -> None:
     if args.what == "save":
         taken: Any = save(args.rounds, args.megabytes, args.folder)
     else:
-        taken = {"step": step, "gather": gather, "loader": loader}[args.what](args.rounds)
+        taken = {
+            "step": step,
+            "engine": partial(step, contestants=ENGINES),
+            "gather": gather,
+            "loader": loader,
+        }[args.what](args.rounds)
     if not dist.is_initialized() or dist.get_rank() == 0:
         args.out.write_text(json.dumps(taken))
     if dist.is_initialized():

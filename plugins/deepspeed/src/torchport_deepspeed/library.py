@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import io
 import logging
@@ -75,14 +74,16 @@ def _open() -> None:
     from deepspeed.utils import groups
 
     comm: Any = importlib.import_module("deepspeed.comm.comm")
+    if comm.cdb is not None and not _opened:
+        return  # the script has opened it over this group
     backend: Any = importlib.import_module("deepspeed.comm.torch")  # an attribute of that name is PyTorch
-    kept: dict[str, Any] = groups.__dict__.setdefault("_torchport_initial", {})
-    names = [name for name in vars(groups) if name.isupper() and name.startswith("_")]
-    if not kept:
-        kept.update({name: copy.copy(vars(groups)[name]) for name in names})
-    else:
-        vars(groups).update({name: copy.copy(value) for name, value in kept.items()})
-        groups.mesh_device = None
+    for name, value in list(vars(groups).items()):
+        if name.startswith("_") and name.isupper():
+            if isinstance(value, (dict, list)):
+                value.clear()
+            elif isinstance(value, dist.ProcessGroup):
+                setattr(groups, name, None)
+    groups.mesh_device = None
     comm.cdb = None
     # On processors, DeepSpeed would compile shared-memory collectives of its own at every start without them, and
     # wait forever where a compilation was interrupted. The plan's collectives carry everything instead.
