@@ -30,6 +30,11 @@ class Finished:
         return sorted(self.stdout.splitlines())
 
 
+def _hear_hangups() -> None:
+    """Undo what `nohup` does, should the tests run under it: a launcher rightly ignores what it was told to."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Launches:
     """Starts launches in one folder, each with its processes tagged."""
 
@@ -65,6 +70,7 @@ class Launches:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_hear_hangups,
         )
         self.started.append(process)
         return process
