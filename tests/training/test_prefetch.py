@@ -8,9 +8,12 @@ import contextlib
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchport.data.loader import DataLoaderShard
 from torchport.data.prefetch import Prefetch
+from torchport.data.prepare import skip_first_batches
+from torchport.data.stateful import StatefulShard
 from torchport.plugin import Backend, BackendSpec, Capabilities
 
 NUMBERS = TensorDataset(torch.arange(6.0))
@@ -147,3 +150,60 @@ def test_every_batch_comes_once(length):
     batches = [torch.full((n + 1,), n) for n in range(length)]
     shapes = [tuple(batch.shape) for batch in Prefetch(backend, torch.device("meta"))(iter(batches))]
     assert shapes == [(n + 1,) for n in range(length)]
+
+
+class Counting(IterableDataset):
+    """Numbers, with a state that is a tensor."""
+
+    def __init__(self):
+        self.next = torch.tensor(0)
+
+    def __iter__(self):
+        while self.next < 6:
+            self.next = self.next + 1
+            yield float(self.next) - 1
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_torchdatas_batches_are_moved_and_the_readers_state_stays_on_the_host(kind, ahead):
+    backend, device = StubBackend(streams=True, pinned_memory=True), torch.device("meta")
+
+    def share(**place):
+        dataset, order = (range(6), {"sampler": range(6)}) if kind == "map" else (Counting(), {})
+        settings = {"batch_size": 2, "collate_fn": torch.tensor} | order
+        return StatefulShard(dataset, reader=StatefulDataLoader, **settings, **place)
+
+    loader = share(device=device, prefetch=Prefetch(backend, device) if ahead else None)
+    saved, ends = [], []
+    for batch in loader:
+        assert batch.device == device
+        ends.append(loader.end_of_dataloader)
+        saved.append(loader.order_state())
+    assert ends == [False, False, True]
+    assert backend.module.log.count("compute waits for copy") == (3 if ahead else 0)
+    for given, state in enumerate(saved[:2], start=1):
+        passed_on, resumed = share(), share()
+        passed_on.load_order_state(state)
+        resumed.load_order_state(passed_on.order_state())
+        assert [batch.tolist() for batch in resumed] == [[0, 1], [2, 3], [4, 5]][given:]
+
+
+def test_torchdatas_loader_without_its_first_batches_moves_the_others_and_can_be_saved_amid_them():
+    def share(**place):
+        return StatefulShard(range(6), reader=StatefulDataLoader, batch_size=2, sampler=range(6), **place)
+
+    loader = share(device=torch.device("meta"))
+    rest = iter(skip_first_batches(loader, 1))
+    assert next(rest).device == loader.device
+    state = loader.order_state()
+    assert [batch.device for batch in rest] == [loader.device]
+    resumed = share()
+    resumed.load_order_state(state)
+    assert [batch.tolist() for batch in resumed] == [[4, 5]]

@@ -75,6 +75,7 @@ class Epoch:
         places: Where the readers of an iterable data set with a state stand behind the batch given last.
         last_reader: Number of the worker that gave it.
         dataset: State of the data set of this process when the pass began, pickled.
+        reader: State of a reader that keeps one of its own, behind the batch given last.
         looks_ahead: Whether the sampler is asked for one item ahead, to know which is the last.
         handed: How many items the sampler has handed out, if it looks ahead.
         ended: Whether that was all of them.
@@ -89,6 +90,7 @@ class Epoch:
     places: dict[int, Place] = field(default_factory=dict)
     last_reader: int = -1
     dataset: bytes | None = None
+    reader: Any = None
     looks_ahead: bool = False
     handed: int = 0
     ended: bool = False

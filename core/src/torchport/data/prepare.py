@@ -155,6 +155,8 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         "channel", "slice_fn",
     )  # fmt: skip
     own = {name: getattr(dataloader, name) for name in names if hasattr(dataloader, name)}
+    if hasattr(dataloader, "reader_class"):
+        own["reader"] = dataloader.reader_class
     skipped = dataloader.skip_batches + num_batches
     return type(dataloader)(skip_batches=skipped, from_beginning=True, **own, **settings)
 

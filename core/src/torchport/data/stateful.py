@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ class StatefulShard(DataLoaderShard):
 
     Attributes:
         reader: The `StatefulDataLoader`.
+        reader_class: Its class.
 
     Args:
         dataset: The data set.
@@ -61,7 +63,7 @@ class StatefulShard(DataLoaderShard):
 
     def __init__(self, dataset: Any, reader: Any, **kwargs: Any) -> None:
         super().__init__(dataset, **kwargs)
-        self._reader_class = reader
+        self.reader_class = reader
         names = (
             "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
             "generator", "prefetch_factor", "persistent_workers",
@@ -74,12 +76,14 @@ class StatefulShard(DataLoaderShard):
         else:
             settings |= {"batch_sampler": self.batch_sampler}
         self.reader = reader(self.dataset, **settings)
-        self._reader_state: Any = None
 
     def order_state(self) -> dict[str, Any]:
         """Return what the next epoch is drawn from and, amid one, the reader's state."""
         state = super().order_state()
-        return state | {"reader": self._reader_state if state["amid_epoch"] else None}
+        running = self.order.running
+        if running is None:
+            return {"reader": None} | state  # of a checkpoint that has not been acted upon, with its reader
+        return state | {"reader": running.reader if state["amid_epoch"] else None}
 
     def load_order_state(self, state: dict[str, Any]) -> None:
         """Go on, with the next pass, from where `order_state` was called."""
@@ -87,7 +91,7 @@ class StatefulShard(DataLoaderShard):
         if self.order.resumed is not None and state.get("reader") is not None:
             self.reader.load_state_dict(state["reader"])
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def _batches(self) -> Iterator[Any]:
         epoch = self._begin()
         resumed = self.order.resumed
         reads_on = resumed is not None and not self.from_beginning and resumed.state.get("reader") is not None
@@ -96,12 +100,22 @@ class StatefulShard(DataLoaderShard):
             batches = iter(self.reader)
             first = list(itertools.islice(batches, 1))
         skipped = 0 if reads_on else self.skip_batches
-        return self._look_ahead(self._with_states(itertools.chain(first, batches), skipped), epoch)
+        states: deque[Any] = deque()  # of the batches read and not yet given out: two, if copied ahead
+        read = self._noting(itertools.islice(itertools.chain(first, batches), skipped, None), states)
+        placed = read if self.prefetch is None else self.prefetch(read)
+        return self._look_ahead(self._with_states(placed, states), epoch)
 
-    def _with_states(self, batches: Iterator[Any], skipped: int) -> Iterator[Any]:
-        for batch in itertools.islice(batches, skipped, None):
-            yield batch, self.reader.state_dict()
+    def _noting(self, batches: Iterator[Any], states: deque[Any]) -> Iterator[Any]:
+        """Note the reader's state behind each batch; it stays on the host, whatever tensors it holds."""
+        for batch in batches:
+            states.append(self.reader.state_dict())
+            yield batch
+
+    @staticmethod
+    def _with_states(batches: Iterator[Any], states: deque[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield batch, states.popleft()
 
     def _take(self, read: Any, epoch: Epoch) -> Any:
-        batch, self._reader_state = read
+        batch, epoch.reader = read
         return super()._take(batch, epoch)
