@@ -216,7 +216,9 @@ ENGINES: dict[str, Callable[[], Contestant]] = {
 
 def parameters(contestant: Contestant) -> torch.Tensor:
     """Return all parameters in one vector."""
-    return torch.cat([parameter.detach().flatten() for parameter in contestant.model.parameters()])
+    held = [parameter.detach() for parameter in contestant.model.parameters()]
+    here = [value.to_local() if hasattr(value, "to_local") else value for value in held]
+    return torch.cat([value.flatten() for value in here])
 
 
 def check(contestants: Mapping[str, Contestant]) -> None:

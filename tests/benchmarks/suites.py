@@ -34,6 +34,22 @@ def ddp(quick: bool) -> list[Result]:
     return _steps(taken, "ddp", "Training step, 2 processes, DDP over gloo", 1.02)
 
 
+def fsdp(quick: bool) -> list[Result]:
+    """A loop over parameters that are spread over two processes."""
+    taken = _worker("fsdp", 20 if quick else 100, processes=2)
+    notes = [
+        "Four residual blocks of 256 and 512 units, each a unit of its own, SGD, gradients clipped, batches of 32 per"
+        " process; `torch` is `fully_shard` by hand, with an optimizer made afterwards. accelerate is missing because it"
+        " takes DDP instead on CPUs. After the first epoch all contestants had the same parameters.",
+    ]
+    return [
+        Result(
+            "fsdp", "Training step, 2 processes, FSDP2 over gloo", taken["wall"], baseline="torch",
+            unit="µs a step", scale=1e6, budget=Budget("ratio", 1.05, "torch"), notes=notes,
+        )
+    ]  # fmt: skip
+
+
 def deepspeed(quick: bool) -> list[Result]:
     """The same with DeepSpeed's engine, beside DeepSpeed by hand."""
     taken = _worker("engine", 40 if quick else 200, processes=2)
@@ -286,6 +302,7 @@ SUITES: dict[str, Callable[[bool], list[Result]]] = {
     "step": step,
     "ddp": ddp,
     "deepspeed": deepspeed,
+    "fsdp": fsdp,
     "loader": loader,
     "help": help_,
     "launch": launch,

@@ -257,7 +257,7 @@ def _fabric_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("step", "engine", "gather", "loader", "save"))
+    parser.add_argument("what", choices=("step", "engine", "gather", "loader", "save", "fsdp"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--megabytes", type=int, default=200)
@@ -268,6 +268,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.what == "save":
         taken: Any = save(args.rounds, args.megabytes, args.folder)
+    elif args.what == "fsdp":
+        from sharded import CONTESTANTS as SHARDED
+
+        taken = step(args.rounds, SHARDED)
     else:
         taken = {
             "step": step,

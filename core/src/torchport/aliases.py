@@ -261,6 +261,7 @@ PLUGIN_NAMES: Mapping[str, str] = {
     "fsdp2_prepare_auto_wrap_policy": "fsdp",
     "fsdp2_prepare_model": "fsdp",
     "fsdp2_switch_optimizer_parameters": "fsdp",
+    "get_module_children_bottom_up": "fsdp",
     "merge_fsdp_weights": "fsdp",
     "get_active_deepspeed_plugin": "deepspeed",
     "AORecipeKwargs": "fp8",

@@ -246,3 +246,37 @@ def test_to_fsdp2_converts_what_has_another_name_and_keeps_the_rest(tmp_path):
 def test_merge_weights_says_what_it_needs(tmp_path):
     error = torchport("merge-weights", str(tmp_path), str(tmp_path / "out"), code=2)
     assert "holds no sharded model" in error
+
+
+def test_documented_names_come_from_the_core_where_users_look_for_them():
+    import torch
+    import torchport
+    import torchport.utils
+    import torchport_fsdp
+    from torchport.aliases import PLUGIN_NAMES
+
+    for name in [name for name, plugin in PLUGIN_NAMES.items() if plugin == "fsdp"]:
+        assert getattr(torchport.utils, name) is getattr(torchport_fsdp, name)
+    assert torchport.FullyShardedDataParallelPlugin is Fsdp
+    with pytest.raises(AttributeError, match="has no attribute 'merge_fsdp_weight'"):
+        torchport.utils.merge_fsdp_weight  # noqa: B018
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Sequential(torch.nn.Tanh()))
+    pairs = torchport_fsdp.get_module_children_bottom_up(model, return_fqns=True)
+    assert [name for name, _ in pairs] == ["0", "1.0", "1", ""]
+
+
+def test_switching_parameters_by_hand_keeps_groups_and_state():
+    import torch
+    from torchport_fsdp import fsdp2_switch_optimizer_parameters
+
+    before, after = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(before.parameters(), lr=0.5)
+    before(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    states = list(optimizer.state.values())
+    new = dict(zip(before.parameters(), after.parameters(), strict=True))
+    fsdp2_switch_optimizer_parameters(optimizer, new)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in after.parameters()]
+    assert [optimizer.state[p] for p in after.parameters()] == states
+    with pytest.raises(KeyError):
+        fsdp2_switch_optimizer_parameters(optimizer, {})

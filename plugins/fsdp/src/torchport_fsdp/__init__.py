@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         fsdp2_prepare_auto_wrap_policy,
         fsdp2_prepare_model,
         fsdp2_switch_optimizer_parameters,
+        get_module_children_bottom_up,
     )
     from torchport_fsdp.merge import merge_fsdp_weights
 
@@ -68,6 +69,7 @@ _EXPORTS = {
     "fsdp2_prepare_auto_wrap_policy": "documented",
     "fsdp2_prepare_model": "documented",
     "fsdp2_switch_optimizer_parameters": "documented",
+    "get_module_children_bottom_up": "documented",
     "merge_fsdp_weights": "merge",
 }
 
@@ -83,6 +85,7 @@ __all__ = [
     "fsdp2_prepare_auto_wrap_policy",
     "fsdp2_prepare_model",
     "fsdp2_switch_optimizer_parameters",
+    "get_module_children_bottom_up",
     "merge_fsdp_weights",
 ]
 

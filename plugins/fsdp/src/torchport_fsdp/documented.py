@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchport_fsdp.config import FullyShardedDataParallelPlugin
 from torchport_fsdp.parameters import part_of
 from torchport_fsdp.states import reshard
-from torchport_fsdp.wrapping import units
+from torchport_fsdp.wrapping import inner_first, units
 
 _VARIABLE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -60,6 +60,18 @@ def fsdp2_switch_optimizer_parameters(
             group["params"][index] = after
             if before in optimizer.state:
                 optimizer.state[after] = optimizer.state.pop(before)
+
+
+def get_module_children_bottom_up(model: torch.nn.Module, return_fqns: bool = False) -> list[Any]:
+    """Return the modules of a model, children before their parents and the model last; each once.
+
+    Args:
+        model: The model.
+        return_fqns: Whether to return pairs of a module's name and the module.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = list(inner_first(model))
+    return [(names[id(module)], module) for module in modules] if return_fqns else modules
 
 
 @torch.no_grad()

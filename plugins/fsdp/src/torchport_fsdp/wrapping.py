@@ -36,7 +36,7 @@ def units(
         return _by_size(model, chosen, ignored)
     found = [
         module
-        for module in _inner_first(model)
+        for module in inner_first(model)
         if module is not model and chosen(module) and not isinstance(module, _CONTAINERS)
     ]
     return [inside(module) for module in found]
@@ -114,7 +114,7 @@ def _by_size(model: torch.nn.Module, fewest: int, ignored: frozenset[int]) -> li
     """Make a unit of each module that has enough parameters besides those of the units inside it."""
     found: list[torch.nn.Module] = []
     taken: set[int] = set(ignored)
-    for module in _inner_first(model):
+    for module in inner_first(model):
         if module is model or isinstance(module, _CONTAINERS):
             continue
         own = {id(parameter): parameter.numel() for parameter in module.parameters()}
@@ -124,7 +124,7 @@ def _by_size(model: torch.nn.Module, fewest: int, ignored: frozenset[int]) -> li
     return found
 
 
-def _inner_first(model: torch.nn.Module) -> Iterable[torch.nn.Module]:
+def inner_first(model: torch.nn.Module) -> Iterable[torch.nn.Module]:
     """Give each module once, its children before it; what `torch.compile` put around one is left out."""
     seen: set[int] = set()
 
