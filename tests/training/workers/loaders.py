@@ -21,7 +21,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 from torchport import Accelerator, DataLoaderConfiguration, PartialState, skip_first_batches
-from torchport.errors import ConfigurationError, DataLoadingError
+from torchport.errors import CheckpointError, ConfigurationError, DataLoadingError
 from torchport.state import AcceleratorState
 from torchport.utils import gather_object, set_seed
 
@@ -275,6 +275,145 @@ def check_processes_that_all_read_are_told_of(folder):
     found = [str(w.message) for w in told if "reads all of Divided" in str(w.message)]
     assert len(found) == (1 if accelerator.is_main_process else 0)
     assert metrics(accelerator, loader) == list(range(11))
+
+
+class Files(IterableDataset):
+    """Reads files, which it divides over processes as data sets of Hugging Face do; counts what is read."""
+
+    def __init__(self, files, fails_at=None):
+        self.files, self.fails_at, self.read, self.shuffled_by = files, fails_at, 0, 0
+        self.parts = []
+
+    @property
+    def num_shards(self):
+        return len(self.files)
+
+    def shard(self, num_shards, index):
+        part = type(self)(self.files[index::num_shards], self.fails_at)
+        self.parts.append(part)
+        return part
+
+    def set_epoch(self, epoch):
+        self.shuffled_by = epoch
+
+    def samples(self):
+        return [number + 100 * self.shuffled_by for file in self.files for number in file]
+
+    def __iter__(self):
+        for number in self.samples():
+            if number == self.fails_at:
+                raise ValueError("a broken record")
+            self.read += 1
+            yield number
+
+
+class StatefulFiles(Files):
+    begin = 0
+
+    def __iter__(self):
+        begin, self.begin = self.begin, 0
+        for place, number in enumerate(self.samples()[begin:], start=begin + 1):
+            self.read += 1
+            self.begin = place
+            yield number
+        self.begin = 0
+
+    def state_dict(self):
+        return {"begin": self.begin}
+
+    def load_state_dict(self, state):
+        self.begin = state["begin"]
+
+
+UNEVEN = [[0, 1, 2, 3, 4], [5], [6, 7], [], [8, 9], []]
+"""For two processes: nine samples and one."""
+
+
+def check_a_set_that_divides_itself_is_read_once_in_total(folder):
+    for dispatch in (None, False):
+        accelerator = fresh(dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
+        main = accelerator.is_main_process
+        dataset = Files(UNEVEN)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loader = accelerator.prepare(DataLoader(dataset, batch_size=2))
+        mine = [(b.tolist(), loader.real_samples, loader.end_of_dataloader) for b in loader]
+        first, second = [0, 1], [5, 5]
+        every = [[first, second], [[2, 3]] * 2, [[4, 6]] * 2, [[7, 8]] * 2, [[9, 0]] * 2]
+        real = [(2, 1), (2, 0), (2, 0), (2, 0), (1, 0)]
+        here = accelerator.process_index
+        assert mine == [(b[here], r, n == 4) for n, (b, r) in enumerate(zip(every, real, strict=True))]
+        assert dataset.read == 0
+        assert dataset.parts[0].read == (9 if main else 1)
+        assert metrics(accelerator, loader) == [0, 1, 5, 2, 3, 4, 6, 7, 8, 9]
+        assert loader.total_batch_size == 4
+        loader.set_epoch(1)
+        assert sorted(metrics(accelerator, loader)) == list(range(100, 110))
+
+
+def check_parts_of_a_set_take_split_batches_workers_and_no_samples(folder):
+    accelerator = fresh(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    loader = accelerator.prepare(DataLoader(Files([[0, 1, 2], [3, 4]]), batch_size=4))
+    assert metrics(accelerator, loader) == [0, 1, 3, 4, 2]
+    accelerator = fresh()
+    loader = accelerator.prepare(DataLoader(Files([[0, 1, 2], []]), batch_size=2))
+    assert metrics(accelerator, loader) == [0, 1, 2]
+    loader = accelerator.prepare(DataLoader(Files(UNEVEN), batch_size=2, num_workers=1))
+    assert metrics(accelerator, loader) == metrics(accelerator, loader) == [0, 1, 5, 2, 3, 4, 6, 7, 8, 9]
+    loader = accelerator.prepare(
+        DataLoader(Files([[0, 1, 2, 3, 4], [5, 6, 7]]), batch_size=2, drop_last=True)
+    )
+    assert metrics(accelerator, loader) == [0, 1, 5, 6]
+    for files in ([[0, 1, 2]], []):  # too few to divide: the main process reads
+        loader = accelerator.prepare(DataLoader(Files(files), batch_size=2))
+        assert metrics(accelerator, loader) == [n for file in files for n in file]
+        assert hasattr(loader, "channel")
+
+
+def check_training_on_parts_of_different_lengths_ends_on_all(folder):
+    accelerator = fresh()
+    model, loader = accelerator.prepare(torch.nn.Linear(1, 1), DataLoader(Files(UNEVEN), batch_size=2))
+    for batch in loader:
+        accelerator.backward(model(batch.float()[:, None]).mean())
+    mean = torch.tensor([0, 1, 5, 5, *[2, 3, 4, 6, 7, 8, 9, 0] * 2], dtype=torch.float).sum() / 4
+    assert model.module.weight.grad.item() == pytest.approx(float(mean))
+
+
+def check_an_error_of_one_part_is_raised_on_all(folder):
+    accelerator = fresh()
+    loader = accelerator.prepare(DataLoader(Files([[0, 1, 2], [3, 4, 5]], fails_at=5), batch_size=1))
+    with pytest.raises(DataLoadingError if accelerator.is_main_process else ValueError) as raised:
+        list(loader)
+    assert ("rank 1" if accelerator.is_main_process else "broken record") in str(raised.value)
+
+
+def check_parts_of_a_set_go_on_where_each_stood(folder):
+    for kind, workers in ((Files, 0), (StatefulFiles, 0), (StatefulFiles, 1)):
+
+        def prepared():
+            accelerator = fresh()
+            dataset = kind(UNEVEN)  # noqa: B023
+            return accelerator, dataset, accelerator.prepare(DataLoader(dataset, 2, num_workers=workers))  # noqa: B023
+
+        accelerator, _, loader = prepared()
+        expected = []
+        for number, batch in enumerate(loader):
+            expected.append((batch.tolist(), loader.real_samples))
+            if number in (0, 2):
+                accelerator.save_state(folder / f"parts{kind.__name__}{workers}{number}")
+        for number in (0, 2):
+            accelerator, dataset, loader = prepared()
+            accelerator.load_state(folder / f"parts{kind.__name__}{workers}{number}")
+            gone_on = [(batch.tolist(), loader.real_samples) for batch in loader]
+            assert gone_on == expected[number + 1 :], (kind, workers, number)
+            if kind is StatefulFiles and not workers and accelerator.is_main_process:
+                assert dataset.parts[0].read == 9 - 2 * (number + 1) + 2  # two to fill up the last round
+            assert [batch.tolist() for batch in loader] == [batch for batch, _ in expected]
+    configuration = DataLoaderConfiguration(dispatch_batches=True)
+    accelerator = fresh(dataloader_config=configuration)
+    accelerator.prepare(DataLoader(StatefulFiles(UNEVEN), batch_size=2))
+    with pytest.raises(CheckpointError, match="2 parts then, none now"):
+        accelerator.load_state(folder / "partsStatefulFiles00")
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ class DataLoaderConfiguration:
     Attributes:
         split_batches: Whether the loader's batch size is that of all processes together.
         dispatch_batches: Whether the main process reads all batches and sends the others theirs; `None`: for
-            iterable data sets.
+            iterable data sets that do not divide themselves.
         even_batches: Whether samples from the beginning fill up the last batches, so that all processes have
             the same number of batches of the same size.
         use_seedable_sampler: Whether shuffling depends on seed and epoch alone.

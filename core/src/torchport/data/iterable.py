@@ -152,11 +152,16 @@ class IterableDatasetShard(IterableDataset[Any]):
         source: Iterable[Any] = self.dataset
         if place is not None:
             if self._fills:
-                first = list(itertools.islice(iter(self.dataset), self.share * self.num_processes))
+                first = list(itertools.islice(iter(self.dataset), self._turn[0]))
             self.ended, self.count = place.ended, place.count
             self.dataset.load_state_dict(pickle.loads(place.dataset))
             source = () if place.ended else self.dataset
         return self._every(source, first) if self.process_index == EVERY else self._turns(source, first)
+
+    @property
+    def _turn(self) -> tuple[int, int]:
+        """How many samples are read for a round, and where among them this process's begin."""
+        return self.share * self.num_processes, self.share * self.process_index
 
     @property
     def _fills(self) -> bool:
@@ -183,8 +188,7 @@ class IterableDatasetShard(IterableDataset[Any]):
 
     def _turns(self, source: Iterable[Any], first: list[Any]) -> Iterator[Any]:
         """Give the samples of this process when a round has been read."""
-        share = self.share
-        whole, start = share * self.num_processes, share * self.process_index
+        share, (whole, start) = self.share, self._turn
         pending: list[Any] = []
         for sample in source:
             pending.append(sample)

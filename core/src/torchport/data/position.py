@@ -72,6 +72,7 @@ def load_order(loader: DataLoaderShard, state: dict[str, Any]) -> None:
         ConfigurationError: if the loader's batches or workers cannot go on where those of the checkpoint stood.
     """
     order, sampler = loader.order, loader.given_sampler
+    state = own_part(state)
     order.running = order.resumed = None
     if state["generator"] is not None:
         _set_generator(loader, state["generator"])
@@ -89,6 +90,30 @@ def load_order(loader: DataLoaderShard, state: dict[str, Any]) -> None:
         loader._iterator = None  # workers that persist hold a copy with another state
     if state.get("amid_epoch"):
         order.resumed = _resumed(loader, state)
+
+
+def own_part(state: dict[str, Any], parts: int = 0, part: int = 0) -> dict[str, Any]:
+    """Return the state of this process, where each reads its own part of a data set that divides itself.
+
+    Args:
+        state: What `order_state` returned.
+        parts: Number of parts of the loader; 0 where the data set does not divide itself.
+        part: Which of them this process reads.
+
+    Raises:
+        ConfigurationError: if the state is one amid an epoch of another number of parts.
+    """
+    saved: list[dict[str, Any]] = state.get("parts") or []
+    if len(saved) == parts:
+        return saved[part] if parts else state
+    if state.get("amid_epoch"):
+        raise ConfigurationError(
+            "a checkpoint says where each process stood in its own part of an iterable data set",
+            found=f"{len(saved) or 'no'} parts then, {parts or 'none'} now",
+            reason="what is left of an epoch cannot be divided differently",
+            hint="the number of processes and the dispatch_batches of the checkpoint until the epoch has ended",
+        )
+    return state | {"dataset": None}
 
 
 def skip_rounds(loader: DataLoaderShard, start: Start) -> int:
@@ -168,4 +193,4 @@ def _size(loader: DataLoaderShard) -> int | None:
     return int(sampler.batch_size)
 
 
-__all__ = ["has_state", "load_order", "save_order", "skip_rounds"]
+__all__ = ["has_state", "load_order", "own_part", "save_order", "skip_rounds"]

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchport.data.dispatcher import Channel, CollectiveChannel, DataLoaderDispatcher
+from torchport.data.divided import DividedDataset, DividedLoader, divides
 from torchport.data.iterable import IterableDatasetShard, ReadCollate, WatchedCollate, has_state
 from torchport.data.loader import DataLoaderShard
 from torchport.data.order import share_order, shared_generator
@@ -76,7 +77,7 @@ def prepare_data_loader(
         put_on_device: Whether to move batches to the device.
         rng_types: Generators to synchronize at the beginning of each epoch.
         dispatch_batches: Whether the main process reads for all and sends the others their batches; by default it
-            does for iterable data sets.
+            does for iterable data sets that do not divide themselves (`torchport.data.divided`).
         even_batches: Whether to fill up the last round with samples from the beginning.
         slice_fn_for_dispatch: How dispatched batches are cut; goes with `dispatch_batches`.
         use_seedable_sampler: Whether shuffling depends on seed and epoch alone.
@@ -106,7 +107,9 @@ def prepare_data_loader(
     }
     dataset, source = dataloader.dataset, _own_iteration(dataloader, processes)
     iterable = isinstance(dataset, IterableDataset)
-    if processes > 1:
+    divided = even_batches and not (dispatch_batches or channel or use_stateful_dataloader) and iterable
+    divided = divided and _exchanges(runtime, processes, index) and divides(dataset, processes)
+    if processes > 1 and not divided:
         channel = _channel(dispatch_batches, channel, runtime, processes, index, iterable=iterable)
     else:
         channel = None
@@ -117,11 +120,16 @@ def prepare_data_loader(
     sharing = _Sharing(processes, index if channel is None else EVERY, split_batches, even_batches)
     own["step"] = sharing.step
     kind: Any = DataLoaderShard if channel is None else DataLoaderDispatcher
+    if divided and runtime is not None:
+        kind = DividedLoader
+        own |= {"collectives": runtime.collectives, "part": index, "agreement_device": runtime.device}
     if iterable:
-        if processes > 1 and channel is None and index == 0:
+        if processes > 1 and channel is None and not divided and index == 0:
             _tell_that_all_read(dataset, processes)
         own["synchronized_generator"] = shared_generator(dataset, processes)
-        settings = _share_iterable(dataloader, sharing)
+        settings = _share_iterable(dataloader, sharing, DividedDataset if divided else IterableDatasetShard)
+        if divided:
+            own["synchronized_generator"] = shared_generator(settings["dataset"].dataset, processes)
     else:
         settings, own["synchronized_generator"] = _share_samples(
             dataloader, sharing, use_seedable_sampler, data_seed
@@ -152,7 +160,7 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         return DataLoaderShard(source=_own_iteration(dataloader, 1), skip_batches=num_batches, **settings)
     names = (
         "device", "rng_types", "synchronized_generator", "order", "non_blocking", "source", "step", "prefetch",
-        "channel", "slice_fn",
+        "channel", "slice_fn", "collectives", "part", "agreement_device",
     )  # fmt: skip
     own = {name: getattr(dataloader, name) for name in names if hasattr(dataloader, name)}
     if hasattr(dataloader, "reader_class"):
@@ -194,6 +202,13 @@ def _prefetch(runtime: Runtime | None, device: torch.device) -> Prefetch | None:
     return Prefetch(runtime.backend, device)
 
 
+def _exchanges(runtime: Runtime | None, processes: int, index: int) -> bool:
+    """Whether the shares are those of the processes of the run, which can exchange tensors."""
+    if runtime is None or runtime.collectives is None or processes == 1:
+        return False
+    return runtime.topology.world_size == processes and runtime.topology.rank == index
+
+
 def _channel(
     dispatch: bool | None,
     channel: Channel | None,
@@ -208,7 +223,7 @@ def _channel(
         return None
     if channel is not None:
         return channel
-    if runtime is not None and runtime.collectives is not None and runtime.topology.world_size == processes:
+    if runtime is not None and runtime.collectives is not None and _exchanges(runtime, processes, index):
         return CollectiveChannel(runtime.collectives, index, processes, runtime.device)
     if dispatch is None:
         return None
@@ -258,8 +273,10 @@ def _refuse_missing_parts(sampler: Any, sharing: _Sharing) -> None:
         )
 
 
-def _share_iterable(dataloader: DataLoader[Any], sharing: _Sharing) -> dict[str, Any]:
-    """Share out a data set that chooses its samples itself, by taking turns sample by sample."""
+def _share_iterable(
+    dataloader: DataLoader[Any], sharing: _Sharing, kind: type[IterableDatasetShard]
+) -> dict[str, Any]:
+    """Share out a data set that chooses its samples itself, by turns or into the parts that it makes."""
     dataset, size = dataloader.dataset, dataloader.batch_size
     settings = _worker_settings(dataloader)
     settings |= {"dataset": dataset, "batch_size": size, "drop_last": dataloader.drop_last}
@@ -268,13 +285,13 @@ def _share_iterable(dataloader: DataLoader[Any], sharing: _Sharing) -> dict[str,
     keeps_place = has_state(dataset)
     if sharing.processes == 1 and (not keeps_place or _own_iteration(dataloader, 1) is not None):
         return settings
-    if size is None and sharing.processes > 1 and sharing.index != EVERY:
+    if size is None and sharing.processes > 1 and sharing.index != EVERY and kind is IterableDatasetShard:
         raise ConfigurationError(
             "an iterable data set that gives whole batches cannot be shared out over processes",
             found="DataLoader(batch_size=None)",
             hint="give single samples and a batch_size, or dispatch_batches=True",
         )
-    shard = IterableDatasetShard(
+    shard = kind(
         dataset,
         batch_size=size or 1,
         drop_last=dataloader.drop_last,
@@ -284,6 +301,7 @@ def _share_iterable(dataloader: DataLoader[Any], sharing: _Sharing) -> dict[str,
         even_batches=sharing.even and sharing.processes > 1,
         mark=sharing.processes > 1,
     )
+    keeps_place = has_state(shard.dataset)
     collate = ReadCollate(shard, settings["collate_fn"], batched=size is not None, keeps_place=keeps_place)
     return settings | {
         "dataset": shard,
