@@ -23,10 +23,10 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-# Tests of time limits run by themselves, the others two files at a time.
+# Tests of time limits, and those that fork, run by themselves; then the others, two files at a time.
 test: lint
-	@$(BIN)/python -m pytest -m timed
-	@$(BIN)/python -m pytest -m "not timed" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m alone
+	@$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile
 
 # Every tracker with its service's real package, offline, in an environment of its own: some are large.
 TRACKERS := .venv-trackers

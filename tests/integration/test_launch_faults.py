@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timed]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.alone]
 
 LEFT = 2.0
 """Seconds within which everything is gone after a signal to the launcher."""

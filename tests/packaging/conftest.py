@@ -32,17 +32,22 @@ def build_wheels(folder: Path, *sources: Path) -> list[Path]:
 class Environment:
     """A virtual environment of its own, in which third-party libraries of the test environment can be imported.
 
-    They are reached through a `.pth` file. The `.pth` files of that folder itself are not read, so that its
-    editable installations cannot be imported; and what is installed here comes first.
+    They are reached through a folder of links, without Torchport's own distributions: neither their modules nor
+    their metadata are seen. What is installed here comes first.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.python = folder / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], timeout=120, check=True)
-        libraries = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+        libraries = folder / "libraries"
+        libraries.mkdir()
+        for place in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
+            for entry in Path(place).iterdir():
+                if not entry.name.startswith(("torchport", "_editable_impl_torchport", "__editable__")):
+                    (libraries / entry.name).symlink_to(entry)
         site = next((folder / "lib").glob("python*/site-packages"))
-        (site / "libraries_of_the_test_environment.pth").write_text("\n".join(libraries) + "\n")
+        (site / "libraries_of_the_test_environment.pth").write_text(f"{libraries}\n")
 
     def pip(self, *arguments: str, cwd: Path | None = None) -> None:
         """Run pip on this environment, without network."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,7 @@ def test_numpy_values_come_back_as_plain_values_and_tensors(tmp_path):
     ("state", "found"),
     [
         ({"when": [datetime(2020, 1, 1)]}, r"state\['when'\]\[0\] is a datetime.datetime"),
-        (Path("x"), "its state is a pathlib"),
+        (Fraction(1, 2), "its state is a fractions.Fraction"),
         ({"a": np.array(["text"])}, r"state\['a'\] is a numpy.ndarray of dtype <U4"),
         ({"f": lambda: 0}, r"state\['f'\] is a function"),
     ],

@@ -15,7 +15,7 @@ from torchport import Accelerator, PartialState, debug_launcher, notebook_launch
 from torchport.errors import ConfigurationError, LaunchError, WorkerError
 from torchport.state import AcceleratorState
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.alone]
 
 
 @pytest.fixture(autouse=True)

@@ -191,6 +191,7 @@ def _meet(rank: int, port: int, answers) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.alone
 def test_processes_meet_at_the_topologys_address_without_any_variable_set(monkeypatch):
     import socket
 
