@@ -85,7 +85,9 @@ def test_five_thousand_steps_leave_no_growth_in_memory_descriptors_or_threads(tm
     finally:
         tracemalloc.stop()
     growth = [after - earlier for earlier, after in itertools.pairwise(traced)]
-    assert min(growth) < 16 * EPOCH, growth  # bytes: a leak would keep an object for each step, in every epoch
+    assert min(growth) < 16 * EPOCH, (
+        growth
+    )  # bytes: a leak would keep an object for each step, in every epoch
     assert held() == before
     accelerator.end_training()
 
