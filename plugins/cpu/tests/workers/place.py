@@ -20,5 +20,7 @@ if len(sys.argv) > 1:
         *(os.environ.get(name, "-") for name in sys.argv[2:]),
     )
     MPI.COMM_WORLD.Barrier()
+    if place.rank == 1:  # MPICH's mpiexec sometimes loses the exit code of a process that has finalised
+        os._exit(int(sys.argv[1]))
     MPI.Finalize()
-    os._exit(int(sys.argv[1]) if place.rank == 1 else 0)
+    os._exit(0)
