@@ -266,7 +266,8 @@ for step in range(10**9):
     )
     process = begin(launches)
     seconds, _, stderr = fault(process)
-    assert process.returncode == (1 if "raise" in how else 137)
+    # PyTorch aborts (134) now and then where an interpreter ends while its threads still exchange gradients.
+    assert process.returncode in ((1, 134) if "raise" in how else (137,))
     assert seconds <= 1
     launches.wait_until_gone(within=0.1)
     lines = stderr.splitlines()

@@ -152,7 +152,15 @@ ORPHANS = """
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_one_that_launched_it(number):
     command = [sys.executable, "-c", textwrap.dedent(ORPHANS)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            number, signal.default_int_handler if number == 2 else signal.SIG_DFL
+        ),
+    )
     pids = [int(parent.stdout.readline()) for _ in range(2)]
     assert all(alive(pid) for pid in pids)
     parent.send_signal(number)
