@@ -42,6 +42,11 @@ def until(condition, seconds: float = 20.0) -> bool:
     return False
 
 
+def _hear_interrupts() -> None:
+    """Undo what a shell does to jobs in its background, should the tests be one: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def train(weights):
     """Train for a step on data that differs by process, and compare the result over processes."""
     accelerator = Accelerator()
@@ -157,9 +162,7 @@ def test_no_process_outlives_the_one_that_launched_it(number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            number, signal.default_int_handler if number == 2 else signal.SIG_DFL
-        ),
+        preexec_fn=_hear_interrupts,
     )
     pids = [int(parent.stdout.readline()) for _ in range(2)]
     assert all(alive(pid) for pid in pids)
