@@ -173,6 +173,21 @@ def test_no_process_outlives_the_one_that_launched_it(number):
     assert ("KeyboardInterrupt" in errors) is (number == signal.SIGINT)
 
 
+def test_an_interrupt_amid_the_start_of_a_process_ends_that_process_too():
+    interrupt = "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), 2))"
+    script = textwrap.dedent(ORPHANS).replace("def work", f"{interrupt}\ndef work")
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        preexec_fn=_hear_interrupts,
+    )
+    assert "KeyboardInterrupt" in ended.stderr
+    assert "ignored" not in ended.stderr
+    assert ended.returncode == -signal.SIGINT
+
+
 def test_a_job_that_fails_is_started_anew_as_often_as_asked(tmp_path, capfd):
     def work(fails):
         state = PartialState()

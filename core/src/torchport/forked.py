@@ -10,10 +10,11 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,11 +138,12 @@ class ForkedWorkers:
                 args=(self.function, self.args, environ, theirs, arrange),
                 name=f"{self.caller} rank {environ.get(envvars.RANK, rank)}",
             )
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-                process.start()
+            with _interrupts_later():  # a worker that is not on the list would never be ended
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+                    process.start()
+                self.workers.append(_Worker(int(environ.get(envvars.RANK, rank)), process, ours))
             theirs.close()
-            self.workers.append(_Worker(int(environ.get(envvars.RANK, rank)), process, ours))
 
     def _wait(self) -> None:
         """Wait until all have ended well, or it is clear who failed first."""
@@ -185,6 +187,23 @@ class ForkedWorkers:
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
             if multiprocessing.connection.wait([worker.end], timeout):
                 worker.reap()
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let an interrupt (SIGINT) that comes meanwhile come at the end of the block."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # no interrupt raises an error here
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda _, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(signal.SIGINT, came[0])
 
 
 class WholeLines(io.TextIOBase):
