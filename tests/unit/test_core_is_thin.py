@@ -19,14 +19,15 @@ VENDORS = re.compile(
 )
 VENDORS_ALLOWED_IN = {"aliases.py"}
 
-LOW = {"errors", "envvars", "aliases", "config.schema", "plugin"}
+LOW = {"errors", "envvars", "aliases", "lazy", "config.schema", "plugin"}
 LAYERS: dict[str, set[str]] = {
     # What each part of the core may import of the rest, at import time or when called. Types do not count.
     "errors": set(),
     "envvars": set(),
     "aliases": {"errors", "envvars"},
+    "lazy": set(),
     "config.schema": {"errors"},
-    "plugin": {"errors", "envvars", "config.schema"},
+    "plugin": {"errors", "envvars", "lazy", "config.schema"},
     "plan": {"errors", "envvars", "aliases", "config.schema", "plugin", "builtin"},
     "config": {"errors", "envvars", "aliases", "config.schema", "plugin", "plan"},
     "ops": {"errors", "envvars", "plugin"},

@@ -5,8 +5,10 @@ Names are imported when they are first used, so that `import torchport` imports 
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from torchport.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from torchport.accelerator import Accelerator
@@ -91,18 +93,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    module = _EXPORTS.get(name)
-    if module is None and name[:1].isupper():  # a class; what is not, may be a submodule being imported
-        from torchport.utils import plugin_module
+def _of_a_plugin(name: str) -> str | None:
+    if not name[:1].isupper():  # no class: it may be a submodule being imported
+        return None
+    from torchport.utils import plugin_module
 
-        module = plugin_module(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+    return plugin_module(name)
+
+
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, _EXPORTS, _of_a_plugin)
 
 
 def __dir__() -> list[str]:

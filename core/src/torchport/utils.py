@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from torchport.aliases import AVAILABILITY, PLUGIN_NAMES
+from torchport.lazy import lazy_exports
 
 _EXPORTS = {
     # settings
@@ -116,14 +117,7 @@ def plugin_module(name: str) -> str | None:
     return f"torchport_{plugin}"
 
 
-def __getattr__(name: str) -> Any:
-    """Import a utility when it is first used."""
-    module = _EXPORTS.get(name) or plugin_module(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, _EXPORTS, plugin_module)
 
 
 def __dir__() -> list[str]:

@@ -8,10 +8,11 @@ from torchport.plugin import Backend, Capabilities, Probe  # interfaces; `Backen
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torchport.config.schema import setting
+from torchport.lazy import lazy_exports
 from torchport.plugin.hookspecs import PROJECT, hookimpl
 from torchport.plugin.specs import (
     HOOK_API,
@@ -46,22 +47,22 @@ if TYPE_CHECKING:
     from torchport.plugin.values import as_images, as_table, flatten, plain
 
 _INTERFACES = {
-    "Backend": "backend",
-    "Collectives": "collectives",
-    "Job": "launcher",
-    "Launcher": "launcher",
-    "Precision": "precision",
-    "PrepareRequest": "strategy",
-    "Prepared": "strategy",
-    "Quantizer": "quantizer",
-    "RunContext": "context",
-    "Strategy": "strategy",
-    "Tracker": "tracker",
-    "as_images": "values",
-    "as_table": "values",
-    "bind_step": "binding",
-    "flatten": "values",
-    "plain": "values",
+    "Backend": ".backend",
+    "Collectives": ".collectives",
+    "Job": ".launcher",
+    "Launcher": ".launcher",
+    "Precision": ".precision",
+    "PrepareRequest": ".strategy",
+    "Prepared": ".strategy",
+    "Quantizer": ".quantizer",
+    "RunContext": ".context",
+    "Strategy": ".strategy",
+    "Tracker": ".tracker",
+    "as_images": ".values",
+    "as_table": ".values",
+    "bind_step": ".binding",
+    "flatten": ".values",
+    "plain": ".values",
 }
 
 __all__ = [
@@ -99,16 +100,9 @@ __all__ = [
     "bind_step",
     "flatten",
     "hookimpl",
+    "lazy_exports",
     "plain",
     "setting",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import an interface when it is asked for: those that handle tensors import torch."""
-    module = _INTERFACES.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, _INTERFACES)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torchport.plugin import LauncherSpec, Requirements, StrategySpec, hookimpl
+from torchport.plugin import LauncherSpec, Requirements, StrategySpec, hookimpl, lazy_exports
 
 if TYPE_CHECKING:
     from torchport_deepspeed.config import DeepSpeedPlugin, get_active_deepspeed_plugin
@@ -48,14 +47,14 @@ def torchport_launchers() -> Iterable[LauncherSpec]:
 
 
 _EXPORTS = {
-    "DeepSpeedEngineWrapper": "engine",
-    "DeepSpeedOptimizerWrapper": "wrappers",
-    "DeepSpeedPlugin": "config",
-    "DeepSpeedSchedulerWrapper": "wrappers",
-    "DummyOptim": "dummies",
-    "DummyScheduler": "dummies",
-    "gathered_parameters": "helpers",
-    "get_active_deepspeed_plugin": "config",
+    "DeepSpeedEngineWrapper": ".engine",
+    "DeepSpeedOptimizerWrapper": ".wrappers",
+    "DeepSpeedPlugin": ".config",
+    "DeepSpeedSchedulerWrapper": ".wrappers",
+    "DummyOptim": ".dummies",
+    "DummyScheduler": ".dummies",
+    "gathered_parameters": ".helpers",
+    "get_active_deepspeed_plugin": ".config",
 }
 
 __all__ = [
@@ -69,12 +68,4 @@ __all__ = [
     "get_active_deepspeed_plugin",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    module = _EXPORTS.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, _EXPORTS)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torchport.plugin import PrecisionSpec, Requirements, hookimpl
+from torchport.plugin import PrecisionSpec, Requirements, hookimpl, lazy_exports
 
 if TYPE_CHECKING:
     from torchport_fp8.ao import convert_model_to_fp8_ao, filter_linear_layers, has_ao_layers
@@ -48,19 +47,19 @@ def torchport_plan_resolved(plan: Any) -> Iterable[str]:
 
 
 _EXPORTS = {
-    "AORecipeKwargs": "config",
-    "FP8Engine": "config",
-    "FP8RecipeKwargs": "config",
-    "MSAMPRecipeKwargs": "config",
-    "TERecipeKwargs": "config",
-    "apply_fp8_autowrap": "te",
-    "contextual_fp8_autocast": "te",
-    "convert_model": "te",
-    "convert_model_to_fp8_ao": "ao",
-    "filter_linear_layers": "ao",
-    "fp8_autowrap": "te",
-    "has_ao_layers": "ao",
-    "has_transformer_engine_layers": "te",
+    "AORecipeKwargs": ".config",
+    "FP8Engine": ".config",
+    "FP8RecipeKwargs": ".config",
+    "MSAMPRecipeKwargs": ".config",
+    "TERecipeKwargs": ".config",
+    "apply_fp8_autowrap": ".te",
+    "contextual_fp8_autocast": ".te",
+    "convert_model": ".te",
+    "convert_model_to_fp8_ao": ".ao",
+    "filter_linear_layers": ".ao",
+    "fp8_autowrap": ".te",
+    "has_ao_layers": ".ao",
+    "has_transformer_engine_layers": ".te",
 }
 
 __all__ = [
@@ -79,12 +78,4 @@ __all__ = [
     "has_transformer_engine_layers",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    module = _EXPORTS.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, _EXPORTS)

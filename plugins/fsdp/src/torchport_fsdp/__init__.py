@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torchport.plugin import CommandSpec, Requirements, StrategySpec, hookimpl
+from torchport.plugin import CommandSpec, Requirements, StrategySpec, hookimpl, lazy_exports
 
 if TYPE_CHECKING:
     from torchport_fsdp.config import (
@@ -58,19 +57,19 @@ def torchport_commands() -> Iterable[CommandSpec]:
 
 
 _EXPORTS = {
-    "AutoWrapPolicy": "config",
-    "BackwardPrefetch": "config",
-    "FullyShardedDataParallelPlugin": "config",
-    "ShardingStrategy": "config",
-    "StateDictType": "config",
-    "disable_fsdp_ram_efficient_loading": "documented",
-    "enable_fsdp_ram_efficient_loading": "documented",
-    "fsdp2_load_full_state_dict": "documented",
-    "fsdp2_prepare_auto_wrap_policy": "documented",
-    "fsdp2_prepare_model": "documented",
-    "fsdp2_switch_optimizer_parameters": "documented",
-    "get_module_children_bottom_up": "documented",
-    "merge_fsdp_weights": "merge",
+    "AutoWrapPolicy": ".config",
+    "BackwardPrefetch": ".config",
+    "FullyShardedDataParallelPlugin": ".config",
+    "ShardingStrategy": ".config",
+    "StateDictType": ".config",
+    "disable_fsdp_ram_efficient_loading": ".documented",
+    "enable_fsdp_ram_efficient_loading": ".documented",
+    "fsdp2_load_full_state_dict": ".documented",
+    "fsdp2_prepare_auto_wrap_policy": ".documented",
+    "fsdp2_prepare_model": ".documented",
+    "fsdp2_switch_optimizer_parameters": ".documented",
+    "get_module_children_bottom_up": ".documented",
+    "merge_fsdp_weights": ".merge",
 }
 
 __all__ = [
@@ -89,12 +88,4 @@ __all__ = [
     "merge_fsdp_weights",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    module = _EXPORTS.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, _EXPORTS)

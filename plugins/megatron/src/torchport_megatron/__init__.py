@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torchport.plugin import Requirements, StrategySpec, hookimpl
+from torchport.plugin import Requirements, StrategySpec, hookimpl, lazy_exports
 
 if TYPE_CHECKING:
     from torchport_megatron.config import MegatronLMPlugin
@@ -44,14 +43,14 @@ def torchport_plan_resolved(plan: Any) -> None:
 
 
 _EXPORTS = {
-    "AbstractTrainStep": "steps",
-    "BertTrainStep": "steps",
-    "GPTTrainStep": "steps",
-    "MegatronLMDummyDataLoader": "placeholders",
-    "MegatronLMDummyScheduler": "placeholders",
-    "MegatronLMPlugin": "config",
-    "T5TrainStep": "steps",
-    "avg_losses_across_data_parallel_group": "steps",
+    "AbstractTrainStep": ".steps",
+    "BertTrainStep": ".steps",
+    "GPTTrainStep": ".steps",
+    "MegatronLMDummyDataLoader": ".placeholders",
+    "MegatronLMDummyScheduler": ".placeholders",
+    "MegatronLMPlugin": ".config",
+    "T5TrainStep": ".steps",
+    "avg_losses_across_data_parallel_group": ".steps",
 }
 
 __all__ = [
@@ -65,12 +64,4 @@ __all__ = [
     "avg_losses_across_data_parallel_group",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    module = _EXPORTS.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, _EXPORTS)
