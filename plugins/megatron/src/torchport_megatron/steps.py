@@ -74,7 +74,22 @@ class _TrainStep(AbstractTrainStep):
         return {name: value.to(self.device) for name, value in next(data_iterator).items()}
 
 
-class GPTTrainStep(_TrainStep):
+class _TokenTrainStep(_TrainStep):
+    """A step whose model gives a loss for each token."""
+
+    def get_loss_func(self) -> Callable[..., Any]:
+        """Return the mean over the tokens that have a label; the output is a loss for each token."""
+
+        def loss_func(
+            loss_mask: torch.Tensor, output_tensor: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, Any]]:
+            loss = _masked_mean(output_tensor, loss_mask)
+            return loss, {"lm loss": avg_losses_across_data_parallel_group([loss])[0]}
+
+        return loss_func
+
+
+class GPTTrainStep(_TokenTrainStep):
     """Predicts each token from those before it (batches: `input_ids`, `attention_mask`, `labels`)."""
 
     kind = "gpt"
@@ -102,17 +117,6 @@ class GPTTrainStep(_TrainStep):
             return tokens, labels.clamp(min=0), loss_mask, mask, positions
 
         return get_batch
-
-    def get_loss_func(self) -> Callable[..., Any]:
-        """Return the mean over the tokens that have a label; the output is a loss for each token."""
-
-        def loss_func(
-            loss_mask: torch.Tensor, output_tensor: torch.Tensor
-        ) -> tuple[torch.Tensor, dict[str, Any]]:
-            loss = _masked_mean(output_tensor, loss_mask)
-            return loss, {"lm loss": avg_losses_across_data_parallel_group([loss])[0]}
-
-        return loss_func
 
     def get_forward_step_func(self) -> Callable[..., Any]:
         """Return the forward of a micro-batch."""
@@ -196,7 +200,7 @@ class BertTrainStep(_TrainStep):
         return forward_step
 
 
-class T5TrainStep(_TrainStep):
+class T5TrainStep(_TokenTrainStep):
     """Predicts a second sequence from a first (batches: `input_ids`, `attention_mask`, `labels`)."""
 
     kind = "t5"
@@ -223,17 +227,6 @@ class T5TrainStep(_TrainStep):
             return tokens, decoder, loss_mask, labels, encoder_mask, decoder_mask, cross_mask
 
         return get_batch
-
-    def get_loss_func(self) -> Callable[..., Any]:
-        """Return the mean over the tokens that have a label; the output is a loss for each token."""
-
-        def loss_func(
-            loss_mask: torch.Tensor, output_tensor: torch.Tensor
-        ) -> tuple[torch.Tensor, dict[str, Any]]:
-            loss = _masked_mean(output_tensor, loss_mask)
-            return loss, {"lm loss": avg_losses_across_data_parallel_group([loss])[0]}
-
-        return loss_func
 
     def get_forward_step_func(self) -> Callable[..., Any]:
         """Return the forward of a micro-batch."""

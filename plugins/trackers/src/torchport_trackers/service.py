@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchport.errors import UnavailableError
-from torchport.plugin import plain
-from torchport.tracking import GeneralTracker
+from torchport.plugin import as_table, plain
+from torchport.tracking import GeneralTracker, on_main_process
 
 
 class ServiceTracker(GeneralTracker):
@@ -34,6 +34,45 @@ class ServiceTracker(GeneralTracker):
         if name.startswith("_") or self._run is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self._run, name)
+
+
+class ProjectTracker(ServiceTracker):
+    """A tracker of a service whose `init(project=...)` opens a run that has `log` and `finish`.
+
+    Args:
+        run_name: Name of the project.
+        **kwargs: As for the service's `init`.
+    """
+
+    @on_main_process
+    def __init__(self, run_name: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.run_name = run_name
+        self._service = service(self.name, self.name)
+        self._run = self._service.init(**{"project": run_name, **kwargs})
+
+    @on_main_process
+    def log_table(
+        self,
+        table_name: str,
+        columns: Sequence[str] | None = None,
+        data: Sequence[Sequence[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record a table; `kwargs` are those of the service's own table."""
+        names, rows = as_table(columns, data, dataframe)
+        self._run.log({table_name: self._table(names, rows, **kwargs)}, step=step)
+
+    def _table(self, names: Sequence[str], rows: Sequence[Sequence[Any]], **kwargs: Any) -> Any:
+        return self._service.Table(columns=names, data=rows, **kwargs)
+
+    @on_main_process
+    def finish(self) -> None:
+        """End the run."""
+        if self._run is not None:
+            self._run.finish()
 
 
 def service(module: str, extra: str) -> Any:

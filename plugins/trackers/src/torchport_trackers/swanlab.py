@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchport.plugin import as_images, as_table, flatten, plain
+from torchport.plugin import as_images, flatten, plain
 from torchport.tracking import on_main_process
 
-from torchport_trackers.service import ServiceTracker, numbers_and_texts, service
+from torchport_trackers.service import ProjectTracker, numbers_and_texts
 
 
-class SwanLabTracker(ServiceTracker):
+class SwanLabTracker(ProjectTracker):
     """Records to an experiment of SwanLab.
 
     An experiment goes on with `id="..."` and `resume="allow"`; `mode="offline"` or `"local"` records to a folder.
@@ -24,22 +24,15 @@ class SwanLabTracker(ServiceTracker):
     name = "swanlab"
 
     @on_main_process
-    def __init__(self, run_name: str, **kwargs: Any) -> None:
-        super().__init__()
-        self.run_name = run_name
-        self._swanlab = service("swanlab", "swanlab")
-        self._run = self._swanlab.init(**{"project": run_name, **kwargs})
-
-    @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Record the hyper-parameters of the run; nested ones stay nested."""
-        self._swanlab.config.update(plain(values))
+        self._service.config.update(plain(values))
 
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record numbers, nested ones as `a/b`, and texts."""
         numbers, texts = numbers_and_texts(flatten(values))
-        data = {**numbers, **{name: self._swanlab.Text(text) for name, text in texts.items()}}
+        data = {**numbers, **{name: self._service.Text(text) for name, text in texts.items()}}
         self._run.log(data, step=step, **kwargs)
 
     @on_main_process
@@ -49,31 +42,14 @@ class SwanLabTracker(ServiceTracker):
         """Record images; `kwargs` are those of `swanlab.Image`."""
         images = {
             name: [
-                self._swanlab.Image(image[..., 0] if image.shape[-1] == 1 else image, **kwargs)
+                self._service.Image(image[..., 0] if image.shape[-1] == 1 else image, **kwargs)
                 for image in as_images(value, dataformats)
             ]
             for name, value in values.items()
         }
         self._run.log(images, step=step)
 
-    @on_main_process
-    def log_table(
-        self,
-        table_name: str,
-        columns: Sequence[str] | None = None,
-        data: Sequence[Sequence[Any]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Record a table."""
-        names, rows = as_table(columns, data, dataframe)
-        table = self._swanlab.echarts.Table()
+    def _table(self, names: Sequence[str], rows: Sequence[Sequence[Any]], **kwargs: Any) -> Any:
+        table = self._service.echarts.Table()
         table.add(names, rows, **kwargs)
-        self._run.log({table_name: table}, step=step)
-
-    @on_main_process
-    def finish(self) -> None:
-        """End the experiment."""
-        if self._run is not None:
-            self._run.finish()
+        return table

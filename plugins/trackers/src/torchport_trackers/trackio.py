@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torchport.plugin import as_images, as_table, plain
+from torchport.plugin import as_images, plain
 from torchport.tracking import on_main_process
 
-from torchport_trackers.service import ServiceTracker, service
+from torchport_trackers.service import ProjectTracker
 
 
-class TrackioTracker(ServiceTracker):
+class TrackioTracker(ProjectTracker):
     """Records to Trackio's local database (`TRACKIO_DIR`), or to a Space.
 
     A run goes on where it stopped with `name="..."` and `resume="allow"`.
@@ -22,13 +22,6 @@ class TrackioTracker(ServiceTracker):
     """
 
     name = "trackio"
-
-    @on_main_process
-    def __init__(self, run_name: str, **kwargs: Any) -> None:
-        super().__init__()
-        self.run_name = run_name
-        self._trackio = service("trackio", "trackio")
-        self._run = self._trackio.init(**{"project": run_name, **kwargs})
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -51,27 +44,7 @@ class TrackioTracker(ServiceTracker):
             for index, image in enumerate(several):
                 if image.shape[-1] == 1:  # it takes three or four channels
                     image = image.repeat(3, axis=-1)
-                images[name if len(several) == 1 else f"{name}/{index}"] = self._trackio.Image(
+                images[name if len(several) == 1 else f"{name}/{index}"] = self._service.Image(
                     image, **kwargs
                 )
         self._run.log(images, step=step)
-
-    @on_main_process
-    def log_table(
-        self,
-        table_name: str,
-        columns: Sequence[str] | None = None,
-        data: Sequence[Sequence[Any]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Record a table; `kwargs` are those of `trackio.Table`."""
-        names, rows = as_table(columns, data, dataframe)
-        self._run.log({table_name: self._trackio.Table(columns=names, data=rows, **kwargs)}, step=step)
-
-    @on_main_process
-    def finish(self) -> None:
-        """End the run."""
-        if self._run is not None:
-            self._run.finish()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torchport.plugin import as_images, as_table, plain
+from torchport.plugin import as_images, plain
 from torchport.tracking import on_main_process
 
-from torchport_trackers.service import ServiceTracker, service
+from torchport_trackers.service import ProjectTracker
 
 
-class WandBTracker(ServiceTracker):
+class WandBTracker(ProjectTracker):
     """Records to a run of Weights & Biases.
 
     A run goes on where it stopped with `id="..."` and `resume="allow"`. `WANDB_MODE=offline` records to a folder.
@@ -22,13 +22,6 @@ class WandBTracker(ServiceTracker):
     """
 
     name = "wandb"
-
-    @on_main_process
-    def __init__(self, run_name: str, **kwargs: Any) -> None:
-        super().__init__()
-        self.run_name = run_name
-        self._wandb = service("wandb", "wandb")
-        self._run = self._wandb.init(**{"project": run_name, **kwargs})
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -46,30 +39,10 @@ class WandBTracker(ServiceTracker):
     ) -> None:
         """Record images; `kwargs` are those of `wandb.Image`."""
         images = {
-            name: [self._wandb.Image(image, **kwargs) for image in as_images(value, dataformats)]
+            name: [self._service.Image(image, **kwargs) for image in as_images(value, dataformats)]
             for name, value in values.items()
         }
         self._run.log(images, step=step)
-
-    @on_main_process
-    def log_table(
-        self,
-        table_name: str,
-        columns: Sequence[str] | None = None,
-        data: Sequence[Sequence[Any]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Record a table; `kwargs` are those of `wandb.Table`."""
-        names, rows = as_table(columns, data, dataframe)
-        self._run.log({table_name: self._wandb.Table(columns=names, data=rows, **kwargs)}, step=step)
-
-    @on_main_process
-    def finish(self) -> None:
-        """End the run."""
-        if self._run is not None:
-            self._run.finish()
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
