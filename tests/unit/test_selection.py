@@ -169,6 +169,22 @@ def test_the_available_backend_of_the_highest_priority_wins_and_the_loser_is_exp
     assert [(r.name, r.reason) for r in made["backend"].rejected] == [("host", "lower priority (0 < 100)")]
 
 
+def test_several_processes_are_refused_with_the_reason_of_a_backend_that_has_one_process_only():
+    there = installed()
+    reason = "it has one device, and no collectives carry its tensors"
+    there.add([Entry(backend("lone", single_process=reason), CHIP)])
+    there._probes["backend", "lone"] = PRESENT
+    asked = Request(arguments={"backend": "lone"})
+    assert plan(asked, {}, there, Topology()).backend == "lone"
+    with pytest.raises(IncompatibleError) as refused:
+        plan(asked, {}, there, TWO)
+    assert (
+        str(refused.value.problem) == "a job of 2 processes on the backend 'lone' (argument backend='lone')"
+    )
+    assert refused.value.reason == reason
+    assert "TORCHPORT_BACKEND" in refused.value.hint
+
+
 def test_an_unavailable_backend_is_passed_over_with_its_probes_reason():
     made = plan(Request(), {}, installed(ABSENT), Topology())
     assert made.backend == "host"

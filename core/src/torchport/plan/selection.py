@@ -59,6 +59,7 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
     sources = Sources(request, environment, installed)
     backend = slots.fill_backend(sources)
     device = _backend_spec(backend)
+    slots.check_processes(backend, device, topology)
     strategy = slots.fill_strategy(sources, device, topology)
     distributed = slots.needs_process_group(strategy, topology)
     decisions = (

@@ -46,6 +46,20 @@ def fill_backend(sources: Sources) -> Decision:
     return _highest("backend", available, rejected, sources, "the highest priority that is available")
 
 
+def check_processes(decision: Decision, backend: BackendSpec, topology: Topology) -> None:
+    """Refuse a job of several processes on devices of which each job has one.
+
+    Raises:
+        IncompatibleError: with the backend's own reason.
+    """
+    if topology.world_size > 1 and backend.single_process:
+        raise IncompatibleError(
+            f"a job of {topology.world_size} processes on the backend {backend.name!r} ({decision.source})",
+            reason=backend.single_process,
+            hint=f"start one process, or choose another backend: export {slot_variable('backend')}=...",
+        )
+
+
 def fill_strategy(sources: Sources, backend: BackendSpec, topology: Topology) -> Decision:
     """Take the strategy that was asked for, else the one that fits the number of processes."""
     processes = topology.world_size

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torchport.plugin.context import RunContext
     from torchport.plugin.launcher import Job, Launcher
     from torchport.plugin.precision import Precision
+    from torchport.plugin.process_group import ProcessGroupCollectives
     from torchport.plugin.quantizer import Quantizer
     from torchport.plugin.strategy import Prepared, PrepareRequest, Strategy
     from torchport.plugin.tracker import Tracker
@@ -54,6 +55,7 @@ _INTERFACES = {
     "Precision": ".precision",
     "PrepareRequest": ".strategy",
     "Prepared": ".strategy",
+    "ProcessGroupCollectives": ".process_group",
     "Quantizer": ".quantizer",
     "RunContext": ".context",
     "Strategy": ".strategy",
@@ -85,6 +87,7 @@ __all__ = [
     "PrepareRequest",
     "Prepared",
     "Probe",
+    "ProcessGroupCollectives",
     "Quantizer",
     "QuantizerSpec",
     "Requirements",

@@ -189,6 +189,7 @@ class BackendSpec(Spec):
         collectives: Name of the collectives that several processes use unless told otherwise.
         visible_devices_env: Variable by which the vendor's runtime restricts the devices a process sees.
         distributed_type: Label of `DistributedType` for data-parallel training on several such devices.
+        single_process: Why a job on such devices has one process only; empty where it may have several.
     """
 
     kind: ClassVar[str] = "backend"
@@ -199,6 +200,7 @@ class BackendSpec(Spec):
     collectives: str = ""
     visible_devices_env: str = ""
     distributed_type: str = ""
+    single_process: str = ""
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)

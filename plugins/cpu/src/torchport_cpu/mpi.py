@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torchport.errors import LaunchError, OperationError
 from torchport.plugin import Collectives, Topology
+from torchport.plugin.process_group import Membership
 
 from torchport_cpu import checked
-from torchport_cpu.membership import Membership
 from torchport_cpu.mpi_base import BACKEND
 from torchport_cpu.mpi_engine import Engine
 from torchport_cpu.mpi_group import MpiProcessGroup

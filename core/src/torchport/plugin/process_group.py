@@ -1,4 +1,4 @@
-"""Joining and leaving the default process group of `torch.distributed`."""
+"""Collectives over a process group of `torch.distributed`: joining and leaving the default one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
+
 from torchport.errors import ConfigurationError
-from torchport.plugin import Topology
+from torchport.plugin.collectives import Collectives
+from torchport.plugin.specs import Topology
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -27,14 +30,24 @@ class Membership:
         collectives: Name of the collectives on whose behalf the group is joined.
         backend: Name of the backend in `torch.distributed`.
         topology: This process's place in the job.
+        device_type: Type of the devices whose tensors that backend carries.
     """
 
-    def __init__(self, collectives: str, backend: str, topology: Topology) -> None:
+    def __init__(self, collectives: str, backend: str, topology: Topology, device_type: str = "cpu") -> None:
         self.collectives, self.backend, self.topology = collectives, backend, topology
+        self.device_type = device_type
         self.owned = False
 
-    def join(self, store: Store, timeout: timedelta) -> None:
+    def join(
+        self, store: Store, timeout: timedelta, *, host: str = "", bound_to: torch.device | None = None
+    ) -> None:
         """Initialise the default group, or join the one that the script has initialised.
+
+        Args:
+            store: The key-value store of the job.
+            timeout: How long an operation may wait for other processes.
+            host: Name of the backend for tensors on the host, beside that for the device's; empty for none.
+            bound_to: The device to connect at once; `None` connects with the first operation.
 
         Raises:
             ConfigurationError: if the script's own group does not fit the plan.
@@ -42,12 +55,14 @@ class Membership:
         if dist.is_initialized():
             self._check_existing()
             return
+        beside = f"cpu:{host},{self.device_type}:{self.backend}"
         dist.init_process_group(
-            self.backend,
+            beside if host else self.backend,
             store=store,
             rank=self.topology.rank,
             world_size=self.topology.world_size,
             timeout=timeout,
+            device_id=bound_to,
         )
         self.owned = True
 
@@ -71,12 +86,52 @@ class Membership:
                 found=found,
                 hint=hint,
             )
-        if f"cpu:{self.backend}" not in backend.split(","):
+        if f"{self.device_type}:{self.backend}" not in backend.split(","):
             raise ConfigurationError(
-                f"collectives {self.collectives!r} want the backend {self.backend!r} for CPU tensors",
+                f"collectives {self.collectives!r} want the backend {self.backend!r} for tensors of"
+                f" {self.device_type}",
                 found=found,
                 hint=hint,
             )
+
+
+class ProcessGroupCollectives(Collectives):
+    """Collectives over a backend that is registered with `torch.distributed`, by its name there.
+
+    A default group that the script has initialised already is joined as it is, and left to the script to destroy.
+    A subclass needs to write nothing; these are for it to set.
+
+    Attributes:
+        process_group: Name of the backend in `torch.distributed`; empty: that of the descriptor.
+        host_process_group: Name of a backend for tensors on the host, beside it; empty for none. Objects are exchanged
+            over it too.
+        connects_at_once: Whether the group is bound to the process's device, and connected when it is opened.
+    """
+
+    process_group: str = ""
+    host_process_group: str = ""
+    connects_at_once: bool = False
+    _membership: Membership | None = None
+
+    def register(self) -> None:
+        """Make the backend known to `torch.distributed`, where a vendor's package must be imported for that."""
+
+    def open(self, topology: Topology, device: torch.device, timeout: timedelta, store: Store) -> None:
+        """Initialise the default process group, or join the script's own.
+
+        Raises:
+            ConfigurationError: if the script's own group has another size or rank than the topology.
+        """
+        self.register()
+        name = self.process_group or self.spec.name
+        self._membership = Membership(self.spec.name, name, topology, device.type)
+        bound_to = device if self.connects_at_once else None
+        self._membership.join(store, timeout, host=self.host_process_group, bound_to=bound_to)
+
+    def close(self) -> None:
+        """Destroy the process group if `open` initialised it."""
+        if self._membership is not None:
+            self._membership.leave()
 
 
 def _let_go(group: Any) -> None:
