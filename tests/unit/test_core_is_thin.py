@@ -31,7 +31,6 @@ LAYERS: dict[str, set[str]] = {
     "plan": {"errors", "envvars", "aliases", "config.schema", "plugin", "builtin"},
     "config": {"errors", "envvars", "aliases", "config.schema", "plugin", "plan"},
     "ops": {"errors", "envvars", "plugin"},
-    "testing": {"errors", "config.schema", "plugin", "plan"},
     "labels": {"errors", "envvars", "aliases"},
     "distributed_type": {"errors", "envvars", "aliases", "labels"},
     "process_control": {"errors", "plugin", "ops"},
@@ -103,7 +102,8 @@ def test_a_low_layer_imports_only_what_is_below_it(name):
 
 
 @pytest.mark.parametrize(
-    ("top", "users"), [("cli", {"cli", "__main__"}), ("accelerator", {"__init__"}), ("testing", {"testing"})]
+    ("top", "users"),
+    [("cli", {"cli", "__main__"}), ("accelerator", {"__init__", "testing"}), ("testing", {"testing", "cli"})],
 )
 def test_nothing_else_imports_what_stands_on_top(top, users):
     importers = {layer_of(path) for path in MODULES if top in imports(ast.parse(path.read_text()))}
@@ -141,6 +141,8 @@ def run(code: str) -> str:
         ("torchport.cli.plugins", {"torch", "rich", "yaml", "numpy"}),
         ("torchport.cli.plan", {"torch", "rich", "yaml", "numpy"}),
         ("torchport.cli.new_plugin", {"torch", "rich", "yaml", "numpy"}),
+        ("torchport.cli.conformance", {"torch", "rich", "yaml", "numpy", "pytest"}),
+        ("torchport.testing.plugin", {"torch", "rich", "yaml", "numpy", "torchport.plan"}),
         ("torchport.builtin", {"torch", "rich", "yaml", "numpy", "torchport_cpu"}),
     ],
 )

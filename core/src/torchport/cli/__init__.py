@@ -15,6 +15,7 @@ _COMMANDS = {
     "plan": ("torchport.cli.plan:plan", "Show what would be chosen here, and why."),
     "plugins": ("torchport.cli.plugins:plugins", "List the installed plugins and what they offer."),
     "doctor": ("torchport.cli.doctor:doctor", "Check this machine: failures with causes, probes, versions."),
+    "conformance": ("torchport.cli.conformance:conformance", "Prove what a plugin claims: its scorecard."),
     "new-plugin": (
         "torchport.cli.new_plugin:new_plugin",
         "Write the skeleton of a plugin that passes its tests.",
