@@ -13,8 +13,10 @@ class TestConformance(BackendConformance):
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from torchport.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from torchport.testing.scorecard import Scorecard
@@ -38,9 +40,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a suite when it is asked for: the pytest plugin imports this package at every start of pytest."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "scorecard" if name == "Scorecard" else "suites"
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+_SUITES = {name: ".suites" for name in __all__ if name != "Scorecard"}
+
+# The pytest plugin imports this package at every start of pytest: suites are imported when they are asked for.
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, {**_SUITES, "Scorecard": ".scorecard"})

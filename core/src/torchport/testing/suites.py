@@ -119,8 +119,9 @@ class Conformance:
             raise pytest.UsageError(f"{cls.__qualname__} must name what it tests: {cls.kind} = '...'")
         more: dict[str, Any] = {"dtypes": cls.dtypes} if cls.dtypes else {}
         for slot in ("backend", "collectives"):
-            if slot != cls.kind and getattr(cls, slot, ""):
-                more[slot] = getattr(cls, slot)
+            value: Any = getattr(cls, slot, None)
+            if slot != cls.kind and value:
+                more[slot] = value
         return Subject(
             kind=cls.kind,
             name=name,
