@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from torchport.errors import ConfigurationError
+from torchport.errors import ConfigurationError, LaunchError
 from torchport.plan.registry import missing_runtime
 from torchport.plugin import Backend, BackendSpec, Capabilities
 from torchport.testing.stubs import Call, StubDevice, StubModule, installed
@@ -70,6 +70,19 @@ def test_the_defaults_of_a_backend_work_on_a_stub(acme, backend):
 def test_an_index_that_the_vendor_would_refuse_is_refused(backend):
     with pytest.raises(RuntimeError, match="invalid device ordinal 2: there are 2"):
         backend.device(2)
+
+
+def test_each_process_has_a_device_of_its_own_or_is_told_how_many_there_are(acme, backend, monkeypatch):
+    assert [backend.device_index(rank) for rank in range(2)] == [0, 1]
+    monkeypatch.setenv("ACME_VISIBLE", "4,7")
+    object.__setattr__(backend.spec, "visible_devices_env", "ACME_VISIBLE")
+    with pytest.raises(LaunchError) as refused:
+        backend.device_index(2)
+    assert refused.value.problem == "the process of local rank 2 has no device of its own"
+    assert refused.value.found == "2 visible devices of the backend 'acme' (ACME_VISIBLE=4,7)"
+    assert refused.value.hint == "start 2 processes on this machine, or let ACME_VISIBLE show more"
+    acme.count = 1  # each process was given one of its own
+    assert backend.device_index(2) == 0
 
 
 def test_random_numbers_are_kept_for_each_device(acme, backend):

@@ -139,17 +139,17 @@ class Preparation:
     ) -> tuple[Sequence[torch.nn.Module], Sequence[AcceleratedOptimizer]]:
         """Let the strategy prepare models and optimizers, and take over its callables."""
         precision = self.context.precision
-        prepared = self.contents.strategy.prepare(
-            PrepareRequest(
-                models=tuple(compile_model(model, self.dynamo) for model in models),
-                optimizers=tuple(precision.convert_optimizer(optimizer) for optimizer in optimizers),
-                context=self.context,
-                device_placement=tuple(places),
-                evaluation_only=evaluation_only,
-                objects=tuple(objects),
-                split_batches=self.loaders.split_batches,
-            )
+        request = PrepareRequest(
+            models=tuple(compile_model(model, self.dynamo) for model in models),
+            optimizers=tuple(precision.convert_optimizer(optimizer) for optimizer in optimizers),
+            context=self.context,
+            device_placement=tuple(places),
+            evaluation_only=evaluation_only,
+            objects=tuple(objects),
+            split_batches=self.loaders.split_batches,
         )
+        self.context.backend.adapt(request)
+        prepared = self.contents.strategy.prepare(request)
         wrapped = [AcceleratedOptimizer(one, prepared, self.gradients) for one in prepared.optimizers]
         raw = (*models, *optimizers)
         self._prepared += [

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torchport.plugin.binding import bind_step
     from torchport.plugin.collectives import Collectives
     from torchport.plugin.context import RunContext
+    from torchport.plugin.installation import torch_build
     from torchport.plugin.launcher import Job, Launcher
     from torchport.plugin.precision import Precision
     from torchport.plugin.process_group import ProcessGroupCollectives
@@ -65,6 +66,7 @@ _INTERFACES = {
     "bind_step": ".binding",
     "flatten": ".values",
     "plain": ".values",
+    "torch_build": ".installation",
 }
 
 __all__ = [
@@ -106,6 +108,7 @@ __all__ = [
     "lazy_exports",
     "plain",
     "setting",
+    "torch_build",
 ]
 
 __getattr__: Callable[[str], Any] = lazy_exports(__name__, _INTERFACES)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchport.errors import UnsupportedOperationError
+from torchport.errors import LaunchError, UnsupportedOperationError
 from torchport.plugin.specs import BackendSpec, Capabilities, Topology
+
+if TYPE_CHECKING:
+    from torchport.plugin.strategy import PrepareRequest
 
 
 class Backend(ABC):
@@ -51,6 +55,25 @@ class Backend(ABC):
     def count(self) -> int:
         """Return the number of devices that this process can see."""
         return int(self.module.device_count())
+
+    def device_index(self, local_rank: int) -> int:
+        """Return the index of the device that belongs to the process of this local rank.
+
+        Where a process sees one device only, as under launchers that give each process its own, that is index 0.
+
+        Raises:
+            LaunchError: if there are more processes than the devices that this process can see.
+        """
+        count, variable = self.count(), self.spec.visible_devices_env
+        if local_rank < count or count == 1:
+            return local_rank if local_rank < count else 0
+        shown = f" ({variable}={os.environ[variable]})" if variable in os.environ else ""
+        raise LaunchError(
+            f"the process of local rank {local_rank} has no device of its own",
+            found=f"{count} visible device{'s' * (count != 1)} of the backend {self.spec.name!r}{shown}",
+            hint=f"start {max(count, 1)} process{'es' * (count > 1)} on this machine"
+            + (f", or let {variable} show more" if variable else ""),
+        )
 
     def synchronize(self, device: torch.device) -> None:
         """Wait until all work queued on `device` is done."""
@@ -153,6 +176,9 @@ class Backend(ABC):
     def wrap_dataloader(self, loader: Iterable[Any], device: torch.device) -> Iterable[Any]:
         """Return the loader to iterate over, where the vendor's runtime brings one of its own."""
         return loader
+
+    def adapt(self, request: PrepareRequest) -> None:
+        """Change models and optimizers in place before the strategy gets them, where the vendor's library does so."""
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> Any:
         """Step `optimizer`, where the vendor's runtime wants to be told of it."""
