@@ -46,6 +46,16 @@ def torchport_launchers() -> Iterable[LauncherSpec]:
     )
 
 
+@hookimpl
+def torchport_plan_resolved(plan: Any) -> Iterable[str]:
+    """Refuse what DeepSpeed cannot do on the backend."""
+    if plan.strategy != "deepspeed":
+        return ()
+    from torchport_deepspeed.check import check
+
+    return check(plan)
+
+
 _EXPORTS = {
     "DeepSpeedEngineWrapper": ".engine",
     "DeepSpeedOptimizerWrapper": ".wrappers",
