@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requirements-dev.txt
 
-.PHONY: demo test test-trackers lint bench docs clean
+.PHONY: demo test test-trackers lint matrix bench docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ $(TRACKERS)/.ready: $(READY) requirements-trackers.txt
 
 test-trackers: $(TRACKERS)/.ready
 	@TRACKERS_OF_ALL_SERVICES=1 $(TRACKERS)/bin/python -m pytest plugins/trackers/tests --timeout 600
+
+# Every strategy with every precision, accumulation and number of processes, as a table; writes docs/matrix.md.
+matrix: $(READY)
+	@$(BIN)/python tests/matrix/run.py
 
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
