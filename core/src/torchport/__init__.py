@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torchport.data.prepare import skip_first_batches
     from torchport.distributed_type import DistributedType
     from torchport.errors import TorchportError
+    from torchport.inference import prepare_pippy
     from torchport.launchers import debug_launcher, notebook_launcher
     from torchport.state import AcceleratorState, GradientState, PartialState
     from torchport.training.local_sgd import LocalSGD
@@ -59,6 +60,7 @@ _EXPORTS = {
     "find_executable_batch_size": "torchport.training.memory",
     "load_checkpoint_in_model": "torchport.checkpoint.model_folder",
     "notebook_launcher": "torchport.launchers",
+    "prepare_pippy": "torchport.inference",
     "set_seed": "torchport.training.random",
     "skip_first_batches": "torchport.data.prepare",
 }
@@ -88,6 +90,7 @@ __all__ = [
     "find_executable_batch_size",
     "load_checkpoint_in_model",
     "notebook_launcher",
+    "prepare_pippy",
     "set_seed",
     "skip_first_batches",
 ]
