@@ -186,6 +186,7 @@ class Check:
         title: What it proves, in a sentence.
         parts: What to do, by where it is done; all of it must go well. Each part is given what `bench` opens.
         bench: Opens what the parts work with; checks with the same bench share it.
+        unclaimed: Returns why the subject does not claim it, as far as that can be told beforehand, or an empty text.
     """
 
     id: str
@@ -193,6 +194,7 @@ class Check:
     title: str
     parts: Mapping[str, Part]
     bench: Bench
+    unclaimed: Callable[[Subject], str] | None = None
 
 
 @contextmanager
@@ -204,15 +206,18 @@ def plain_bench(subject: Subject, place: Place) -> Iterator[tuple[Subject, Place
 class Checks(list[Check]):
     """The checks of a module, in order; `checks(id, title)` is a decorator that adds one."""
 
-    def __init__(self, level: str, bench: Bench, phase: str = ONE) -> None:
+    def __init__(
+        self, level: str, bench: Bench, phase: str = ONE, unclaimed: Callable[[Subject], str] | None = None
+    ) -> None:
         super().__init__()
-        self.level, self.bench, self.phase = level, bench, phase
+        self.level, self.bench, self.phase, self.unclaimed = level, bench, phase, unclaimed
 
     def __call__(self, id: str, title: str, phase: str = "") -> Callable[[Part], Part]:
         """Add a check of one part."""
 
         def add(function: Part) -> Part:
-            self.append(Check(id, self.level, title, {phase or self.phase: function}, self.bench))
+            parts = {phase or self.phase: function}
+            self.append(Check(id, self.level, title, parts, self.bench, self.unclaimed))
             return function
 
         return add
@@ -225,10 +230,9 @@ class Checks(list[Check]):
         def add(function: Callable[[Any, Any], None]) -> Any:
             for value in values:
                 part = functools.partial(_with, function, value)
-                check = Check(
-                    id.format(value), self.level, title.format(value), {self.phase: part}, self.bench
-                )
-                self.append(check)
+                parts = {self.phase: part}
+                name, said = id.format(value), title.format(value)
+                self.append(Check(name, self.level, said, parts, self.bench, self.unclaimed))
             return function
 
         return add

@@ -91,9 +91,22 @@ def run_tasks(tasks: Sequence[Task], *, tell: Callable[[str], None] = lambda tex
         for number, task in enumerate(tasks):
             shared = folder / f"task{number}"
             shared.mkdir()
+            _ask(task)
             _do_here(task, Place(HERE, shared, suite=task.suite))
         for phase in PHASES:
             _do_phase(tasks, phase, folder, tell)
+
+
+def _ask(task: Task) -> None:
+    """Note what the subject does not claim, as far as that can be told beforehand."""
+    for check in task.checks:
+        try:
+            reason = check.unclaimed(task.subject) if check.unclaimed is not None else ""
+        except Exception as error:
+            task.note(check.id, HERE, FAIL, in_words(error))
+            continue
+        if reason:
+            task.note(check.id, HERE, NOT_CLAIMED, reason)
 
 
 def _do_here(task: Task, place: Place) -> None:

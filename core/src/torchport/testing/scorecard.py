@@ -159,7 +159,11 @@ class Scorecard:
 
 
 _APPLICABLE = {
-    "backend": ("L0", "L1"),
+    "backend": ("L0", "L1", "L2", "L3", "L4"),
+    "collectives": ("L0", "L2", "L3"),
+    "strategy": ("L0", "L3", "L4"),
+    "precision": ("L0", "L1", "L3", "L4"),
+    "tracker": ("L0", "L1"),
 }
 
 
