@@ -237,7 +237,7 @@ def _save_and_die(run: Run, *, strategy: str, precision: str) -> None:
         flush(descriptor)
 
     run.place.tell("dying")
-    os.fsync = die
+    os.fsync = die  # type: ignore[assignment]
     try:
         training.accelerator.save_state(str(folder))
     finally:
