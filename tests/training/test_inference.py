@@ -47,6 +47,7 @@ def test_modules_of_given_classes_are_not_cut(ranks):
         ("few samples", "found:  1 sample(s) and num_chunks="),
         ("inputs", "the inputs do not fit the model's forward"),
         ("indivisible", "cannot be cut for"),
+        ("another call", "found:  a tensor, a tensor, where the example had a tensor"),
         ("sizes", "found:  batch sizes [3, 9]"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torchport.errors import ConfigurationError
 from torchport.ops import exchange
@@ -17,6 +17,65 @@ from torchport.ops.pytree import concatenate, send_to_device, slice_tensors
 from torchport.state import PartialState
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
+
+
+class _Inputs:
+    """How the inputs of a model are held, by the example: tensors change from call to call, and nothing else.
+
+    Args:
+        signature: What the model's forward takes.
+        args: Example inputs.
+        kwargs: Example inputs by name.
+    """
+
+    def __init__(self, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.signature = signature
+        leaves, self.structure = tree_flatten(self._bound(args, kwargs))
+        self.fixed = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+    def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the tensors among inputs, in the order of the example.
+
+        Raises:
+            ConfigurationError: if they do not fit the model's forward, are not held as in the example, or anything
+                else differs from it.
+        """
+        leaves, structure = tree_flatten(self._bound(args, kwargs))
+        shown = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        if structure != self.structure or shown != self.fixed:
+            raise ConfigurationError(
+                "a pipelined model takes what it was traced with: tensors in the same places, all else equal",
+                found=f"{_shown(shown, structure)}, where the example had {_shown(self.fixed, self.structure)}",
+                hint="prepare_pippy(model, example_args=..., example_kwargs=...) with such inputs",
+            )
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def held(self, tensors: Sequence[torch.Tensor]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Return the arguments of forward, with these tensors."""
+        given = iter(tensors)
+        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self.fixed]
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+    def _bound(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ConfigurationError(
+                "the inputs do not fit the model's forward", found=str(error), hint=f"forward{self.signature}"
+            ) from error
+        return bound.args, bound.kwargs
+
+
+_TENSOR: Any = torch.Tensor
+"""Stands for a tensor among inputs."""
+
+
+def _shown(leaves: list[Any], structure: TreeSpec) -> str:
+    args, kwargs = tree_unflatten(["a tensor" if leaf is _TENSOR else leaf for leaf in leaves], structure)
+    return ", ".join([*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())]) or "nothing"
 
 
 class PipelinedModel(nn.Module):
@@ -28,9 +87,9 @@ class PipelinedModel(nn.Module):
 
     Args:
         schedule: PyTorch's schedule of this process's stage.
-        stage: The part of the model that this process runs.
-        signature: What the model's forward takes.
-        structure: How the model's output holds its tensors.
+        stage: PyTorch's description of the stage that this process runs.
+        inputs: How the model's inputs are held.
+        output: How the model's output holds its tensors.
         split_points: Names of the modules that begin the second and further stages.
         samples: Samples in one round: those of the pieces together.
         state: The processes of this run.
@@ -44,23 +103,21 @@ class PipelinedModel(nn.Module):
     def __init__(
         self,
         schedule: Any,
-        stage: torch.fx.GraphModule,
-        signature: inspect.Signature,
-        structure: TreeSpec,
+        stage: Any,
+        inputs: _Inputs,
+        output: TreeSpec,
         split_points: Sequence[str],
         samples: int,
         state: PartialState,
         gather_output: bool,
     ) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage = stage.submod
         self.split_points = tuple(split_points)
         self._schedule, self._samples = schedule, samples
-        self._signature, self._structure = signature, structure
-        reads = {node.target for node in stage.graph.nodes if node.op == "placeholder"}
-        self._reads = (
-            reads if state.is_main_process else set()
-        )  # the other stages get theirs from those before
+        self._inputs, self._output = inputs, output
+        # Only the first stage reads inputs, and of these only what any stage needs.
+        self._read = [int(node.name.rpartition("_")[2]) for node in stage.node.args] if stage.is_first else []
         self._state, self._gather = state, gather_output
 
     @torch.no_grad()
@@ -69,27 +126,27 @@ class PipelinedModel(nn.Module):
 
         Args:
             *args: As for the model; all tensors have the batch as their first dimension.
-            **kwargs: As for the model, by the names that it was traced with.
+            **kwargs: As for the model.
 
         Returns:
             The model's output on the last process; elsewhere `None`, or with `gather_output` the same output.
 
         Raises:
-            ConfigurationError: if the inputs hold no tensor, or tensors of different batch sizes.
+            ConfigurationError: if the inputs are not held as in the example, or are of different batch sizes.
         """
-        inputs = _bound(self._signature, args, kwargs)
-        batch = _batch_size(inputs, "the inputs of a pipelined model")
-        read = {name: value for name, value in inputs.items() if name in self._reads}
+        tensors = self._inputs.tensors(args, kwargs)
+        batch = _batch_size(tensors, "the inputs of a pipelined model")
+        read = [tensors[index] for index in self._read]
         rounds = [self._round(read, start, batch) for start in range(0, batch, self._samples)]
         leaves = None if rounds[0] is None else concatenate(rounds)
         if self._gather:
             leaves = self._from_the_last(leaves)
-        return None if leaves is None else tree_unflatten(list(leaves), self._structure)
+        return None if leaves is None else tree_unflatten(list(leaves), self._output)
 
-    def _round(self, inputs: Mapping[str, Any], start: int, batch: int) -> Any:
+    def _round(self, tensors: list[torch.Tensor], start: int, batch: int) -> Any:
         real = min(self._samples, batch - start)
-        filled = _filled(slice_tensors(inputs, slice(start, start + real)), self._samples)
-        output = self._schedule.step(**send_to_device(filled, self._state.device))
+        filled = _filled([tensor[start : start + real] for tensor in tensors], self._samples)
+        output = self._schedule.step(*send_to_device(filled, self._state.device))
         if output is None:
             return None
         leaves = output if isinstance(output, (tuple, list)) else (output,)
@@ -139,8 +196,8 @@ def prepare_pippy(
         return model.to(state.device)
     points = _split_points(model, split_points, no_split_module_classes or (), state.num_processes)
     chunks = state.num_processes if num_chunks is None else num_chunks
-    signature = inspect.signature(model.forward)
-    example = _bound(signature, example_args, example_kwargs or {})
+    inputs = _Inputs(inspect.signature(model.forward), example_args, example_kwargs or {})
+    example = inputs.tensors(example_args, example_kwargs or {})
     batch = _batch_size(example, "example_args and example_kwargs")
     if not 1 <= chunks <= batch:
         raise ConfigurationError(
@@ -149,42 +206,12 @@ def prepare_pippy(
             hint="prepare_pippy(..., example_args=..., num_chunks=...) with a larger batch or fewer pieces",
         )
     piece = -(-batch // chunks)
-    stage, structure = _stage(model, points, _filled(slice_tensors(example, slice(0, piece)), piece), state)
+    stage, output = _stage(model, points, inputs, [tensor[:piece] for tensor in example], state)
     from torch.distributed.pipelining import ScheduleGPipe
 
     return PipelinedModel(
-        ScheduleGPipe(stage, chunks),
-        stage.submod,
-        signature,
-        structure,
-        points,
-        piece * chunks,
-        state,
-        gather_output,
+        ScheduleGPipe(stage, chunks), stage, inputs, output, points, piece * chunks, state, gather_output
     )
-
-
-def _bound(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name all inputs, however they are given."""
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ConfigurationError(
-            "the inputs do not fit the model's forward", found=str(error), hint=f"forward{signature}"
-        ) from error
-    inputs: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            inputs.update(value)
-        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise ConfigurationError(
-                "a pipelined model takes inputs by name",
-                found=f"forward{signature}: {name} has none of its own",
-            )
-        else:
-            inputs[name] = value
-    return inputs
 
 
 class _Whole(nn.Module):
@@ -194,37 +221,34 @@ class _Whole(nn.Module):
     itself reaches the first stage alone.
     """
 
-    def __init__(self, model: nn.Module, note: Callable[[TreeSpec], None]) -> None:
+    def __init__(self, model: nn.Module, inputs: _Inputs, note: Callable[[TreeSpec], None]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._inputs = model, inputs
         self._note = note  # a function: torch.export undoes changes of attributes
 
-    def forward(self, **inputs: Any) -> tuple[Any, ...]:
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Return the leaves of the output; how they were held is noted when this is traced."""
-        leaves, structure = tree_flatten(self.model(**tree_map(_copied, inputs)))
+        args, kwargs = self._inputs.held([tensor.clone() for tensor in tensors])
+        leaves, structure = tree_flatten(self.model(*args, **kwargs))
         self._note(structure)
         return tuple(leaves)
 
 
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
 def _stage(
-    model: nn.Module, points: Sequence[str], example: dict[str, Any], state: PartialState
+    model: nn.Module, points: Sequence[str], inputs: _Inputs, example: list[torch.Tensor], state: PartialState
 ) -> tuple[Any, TreeSpec]:
     """Return this process's stage, and the structure of the model's output."""
     from torch.distributed.pipelining import SplitPoint, pipeline
 
     home = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     structures: list[TreeSpec] = []
-    whole = _Whole(model, structures.append)
+    whole = _Whole(model, inputs, structures.append)
     cuts = {f"model.{name}": SplitPoint.BEGINNING for name in points}
     marked = [(vars(module), dict(vars(module))) for module in map(model.get_submodule, points)]
     try:
         with warnings.catch_warnings():  # about how PyTorch itself copies what it has traced
             warnings.filterwarnings("ignore", ".*treespec", FutureWarning)
-            pipe = pipeline(whole, (), send_to_device(example, home), cuts)
+            pipe = pipeline(whole, tuple(send_to_device(example, home)), split_spec=cuts)
     except Exception as error:
         raise ConfigurationError(
             f"the model {type(model).__name__} cannot be made a pipeline: torch.export does not trace it",
@@ -318,9 +342,9 @@ def _blocks(module: nn.Module, prefix: str, whole: set[str], share: int) -> Iter
             yield f"{prefix}{name}", size
 
 
-def _batch_size(data: Any, what: str) -> int:
-    sizes = {leaf.shape[0] for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor) and leaf.ndim}
-    if len(sizes) != 1:
+def _batch_size(tensors: list[torch.Tensor], what: str) -> int:
+    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
+    if len(sizes) != 1 or 0 in sizes:
         raise ConfigurationError(
             f"{what} are tensors with the batch as their first dimension",
             found=f"batch sizes {sorted(sizes)}" if sizes else "no tensor",
@@ -329,12 +353,11 @@ def _batch_size(data: Any, what: str) -> int:
     return int(sizes.pop())
 
 
-def _filled(data: Any, samples: int) -> Any:
+def _filled(tensors: list[torch.Tensor], samples: int) -> list[torch.Tensor]:
     """Repeat the last sample until there are as many as asked for."""
-
-    def fill(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or leaf.shape[0] == samples:
-            return leaf
-        return torch.cat([leaf, leaf[-1:].expand(samples - leaf.shape[0], *leaf.shape[1:])])
-
-    return tree_map(fill, data)
+    return [
+        torch.cat([tensor, tensor[-1:].expand(samples - tensor.shape[0], *tensor.shape[1:])])
+        if tensor.shape[0] < samples
+        else tensor
+        for tensor in tensors
+    ]

@@ -49,6 +49,14 @@ def refused(*args, **kwargs):
     return None
 
 
+def refused_call(pipe, *args):
+    try:
+        pipe(*args)
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
 def difference(output, whole):
     return max(
         (output["logits"] - whole["logits"]).abs().max().item(),
@@ -93,6 +101,7 @@ def main():
         "few samples": refused(model, example_args=(tokens[:1],)),
         "inputs": refused(model, example_args=(tokens,), example_kwargs={"mask": tokens}),
         "indivisible": refused(nn.Sequential(nn.Linear(2, 2)), example_args=(torch.ones(4, 2),)),
+        "another call": refused_call(last, tokens, scale),
         "sizes": refused(model, example_args=(tokens, scale[:3])),
     }
     (Path(sys.argv[1]) / f"rank{state.process_index}.json").write_text(json.dumps(facts))
