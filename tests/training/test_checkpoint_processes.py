@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 
 import pytest
 import torch
@@ -140,8 +139,8 @@ def test_a_schedule_of_the_script_is_followed_where_its_rates_say(scaled, positi
     assert loaded.get_last_lr() == [pytest.approx(1 - 5 / 16)]
 
 
-def test_whenever_a_process_is_killed_the_newest_checkpoint_is_complete(run_worker, capsys):
-    (figures,) = run_worker([sys.executable], "kills.py", "200")
+def test_whenever_a_process_is_killed_the_newest_checkpoint_is_complete(run_worker, python, capsys):
+    (figures,) = run_worker(python, "kills.py", "200")
     assert figures["kills"] == figures["complete"] == 200
     assert figures["half-written"] == 0
     assert 50 < figures["amid"] <= 200

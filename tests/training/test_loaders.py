@@ -1,6 +1,5 @@
 """Loaders as one process sees them, and, with `workers/loaders.py`, as two processes share them out."""
 
-import ast
 import gc
 import itertools
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import checks_of
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -31,11 +31,7 @@ from torchport.state import AcceleratorState
 
 NUMBERS = TensorDataset(torch.arange(12))
 SOURCE = Path(__file__).parent / "workers" / "loaders.py"
-CHECKS = [
-    node.name
-    for node in ast.parse(SOURCE.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
+CHECKS = checks_of(SOURCE)
 
 
 @pytest.fixture(autouse=True)

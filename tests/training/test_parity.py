@@ -24,8 +24,8 @@ def mpirun(processes: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_process(run_worker):
-    return run_worker([sys.executable], "parity.py")
+def one_process(run_worker, python):
+    return run_worker(python, "parity.py")
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,15 @@ def two_processes(run_worker, launch):
 
 
 @pytest.fixture(scope="module", params=["mpirun", "launch --launcher mpirun", "torchrun"])
-def other_ways(request, run_worker, launch):
+def other_ways(request, run_worker, prefork):
     """Start the fp32 cases of two processes in every other way."""
     if request.param == "mpirun":
         command = [*mpirun(2), sys.executable]
         return "mpi", run_worker(command, "parity.py", *FP32, environ={"TORCHPORT_COLLECTIVES": "mpi"})
     if request.param == "torchrun":
-        return "gloo", run_worker([str(BIN / "torchrun"), "--nproc-per-node", "2"], "parity.py", *FP32)
-    options = ("--launcher", "mpirun", "--collectives", "mpi")
-    return "mpi", run_worker(launch(2, *options), "parity.py", *FP32)
+        return "gloo", run_worker([str(prefork / "torchrun"), "--nproc-per-node", "2"], "parity.py", *FP32)
+    command = [str(BIN / "torchport"), "launch", "--num-processes", "2"]
+    return "mpi", run_worker([*command, "--launcher", "mpirun", "--collectives", "mpi"], "parity.py", *FP32)
 
 
 @pytest.mark.parametrize("case", FP32)

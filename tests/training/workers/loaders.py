@@ -1,13 +1,10 @@
 """Loaders that two processes share. Each `check_...` asserts; the outcome of each is written down."""
 
-import json
-import sys
-import traceback
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from checks import run_checks
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -20,7 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
-from torchport import Accelerator, DataLoaderConfiguration, PartialState, skip_first_batches
+from torchport import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torchport.errors import CheckpointError, ConfigurationError, DataLoadingError
 from torchport.state import AcceleratorState
 from torchport.utils import gather_object, set_seed
@@ -416,22 +413,5 @@ def check_parts_of_a_set_go_on_where_each_stood(folder):
         accelerator.load_state(folder / "partsStatefulFiles00")
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    outcomes = {}
-    for name, check in sorted(globals().items()):
-        if not name.startswith("check_"):
-            continue
-        try:
-            check(folder)
-            outcomes[name] = "passed"
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-            break  # the processes may be out of step now
-    state = PartialState()
-    (folder / f"rank{state.process_index}.json").write_text(json.dumps(outcomes))
-    state.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_checks(dict(globals()))

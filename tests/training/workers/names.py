@@ -7,15 +7,13 @@ import dataclasses
 import gc
 import json
 import os
-import sys
 import threading
-import traceback
 from collections import OrderedDict, defaultdict, namedtuple
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from checks import run_checks
 from torch import nn
 from torchport import Accelerator, PartialState, TorchDynamoPlugin
 from torchport.errors import OperationError
@@ -188,22 +186,5 @@ def check_a_run_is_begun_and_ended_again_and_again_without_a_trace(folder):
     assert memory[-1] - memory[1] < 8 << 20, memory
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    outcomes = {}
-    for name, check in list(globals().items()):
-        if not name.startswith("check_"):
-            continue
-        try:
-            check(folder)
-            outcomes[name] = "passed"
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-            break  # the processes may be out of step now
-    state = PartialState()
-    (folder / f"rank{state.process_index}.json").write_text(json.dumps(outcomes))
-    state.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_checks(dict(globals()))

@@ -2,14 +2,11 @@
 
 import contextlib
 import io
-import json
-import sys
-import traceback
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
+from checks import run_checks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -492,22 +489,5 @@ def check_a_rank_that_cannot_load_its_part_is_waited_for_by_nobody(folder):
     accelerator.wait_for_everyone()
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    outcomes = {}
-    for name, check in sorted(globals().items()):
-        if not name.startswith("check_"):
-            continue
-        try:
-            check(folder)
-            outcomes[name] = "passed"
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-            break  # the processes may be out of step now
-    state = PartialState()
-    (folder / f"rank{state.process_index}.json").write_text(json.dumps(outcomes))
-    state.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_checks(dict(globals()))
