@@ -15,7 +15,14 @@ import time
 
 import pytest
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.alone]
+TOO_LATE = [r"assert [\d.]+ <= [\d.]+$", "still running after"]
+"""How a missed time limit reads: the machine may have been busy, so these are tried again, and nothing else is."""
+
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.alone,
+    pytest.mark.flaky(reruns=2, only_rerun=TOO_LATE),
+]
 
 LEFT = 2.0
 """Seconds within which everything is gone after a signal to the launcher."""
