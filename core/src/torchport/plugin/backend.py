@@ -196,3 +196,23 @@ class Backend(ABC):
 
     def bind_cpu(self, topology: Topology) -> None:
         """Bind this process to the processor cores nearest to its device and set its number of threads."""
+
+    @staticmethod
+    def bind_to_cores(cores: Iterable[int]) -> None:
+        """Bind every thread of this process to those of some processor cores that it may use; for `bind_cpu`.
+
+        Raises:
+            UnsupportedOperationError: if it may use none of them, or the operating system binds no processes.
+        """
+        if not hasattr(os, "sched_setaffinity"):
+            raise UnsupportedOperationError("this operating system binds no processes to processor cores")
+        wanted, allowed = set(cores), os.sched_getaffinity(0)
+        if not wanted & allowed:
+            raise UnsupportedOperationError(
+                f"this process cannot be bound to the processor cores {sorted(wanted)}",
+                found=f"it may use {sorted(allowed)}",
+                hint="give it more cores, or leave out --enable-cpu-affinity",
+            )
+        # Affinity belongs to threads; those that start later inherit it from these.
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), wanted & allowed)

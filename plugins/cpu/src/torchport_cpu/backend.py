@@ -120,7 +120,5 @@ class CpuBackend(Backend):
         """
         share = share_of_cores(allowed_cores(), topology.local_rank, topology.local_world_size)
         if hasattr(os, "sched_setaffinity"):
-            # Affinity belongs to threads; those that start later inherit it from these.
-            for thread in psutil.Process().threads():
-                os.sched_setaffinity(thread.id, share)
+            self.bind_to_cores(share)
         torch.set_num_threads(len(share))
