@@ -367,6 +367,8 @@ class _OnHost(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             self._stub.calls.append(Call("Tensor.pin_memory"))
             return args[0].clone()
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         host = {key: self._on_host(value) for key, value in (kwargs or {}).items()}
         return func(*map(self._on_host, args), **host)
 
