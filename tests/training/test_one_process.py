@@ -311,8 +311,8 @@ def test_documented_spellings_fill_slots_and_unknown_ones_are_refused():
         Accelerator(mixed_precison="bf16")
     with pytest.raises(TypeError, match="both fill the slot 'precision'"):
         Accelerator(precision="no", mixed_precision="bf16")
-    with pytest.raises(UnknownPluginError, match="pip install torchport-cuda"):
-        Accelerator(backend="cuda")
+    with pytest.raises(UnknownPluginError, match="pip install torchport-acme"):
+        Accelerator(backend="acme")
 
 
 def test_a_second_accelerator_shares_the_run_and_cannot_contradict_it(monkeypatch):

@@ -105,6 +105,7 @@ def test_what_is_available_is_asked_of_plugins_and_packages(monkeypatch):
     with pytest.raises(TypeError, match="device"):
         utils.is_npu_available(device=1)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setenv("TORCHPORT_DISABLE_PLUGINS", "xpu")  # without a plugin, PyTorch is asked
     assert utils.is_xpu_available()
 
 
