@@ -197,8 +197,7 @@ class Backend(ABC):
     def bind_cpu(self, topology: Topology) -> None:
         """Bind this process to the processor cores nearest to its device and set its number of threads."""
 
-    @staticmethod
-    def bind_to_cores(cores: Iterable[int]) -> None:
+    def bind_to_cores(self, cores: Iterable[int]) -> None:
         """Bind every thread of this process to those of some processor cores that it may use; for `bind_cpu`.
 
         Raises:
