@@ -39,7 +39,8 @@ def run(wanted: list[Cell], limit: float = 60) -> dict[Cell, Verdict]:
     verdicts: dict[Cell, Verdict] = {}
     while rest := wanted[len(verdicts) :]:
         with tempfile.TemporaryDirectory() as folder:
-            output = _job(Path(folder), rest, limit)
+            told = json.dumps([dataclasses.asdict(cell) for cell in rest])
+            output = launch(rest[0].processes, str(WORKER), folder, told, MATRIX_LIMIT=str(limit)).stdout
             ranks = [_results(path) for path in sorted(Path(folder).glob("rank*.jsonl"))]
         for cell in rest:
             if len(ranks) < cell.processes or any(cell.name not in rank for rank in ranks):
@@ -49,13 +50,13 @@ def run(wanted: list[Cell], limit: float = 60) -> dict[Cell, Verdict]:
     return verdicts
 
 
-def _job(folder: Path, cells: list[Cell], limit: float) -> str:
-    command = [sys.executable, "-m", "torchport", "launch", "--num-processes", str(cells[0].processes)]
-    variables = {"OMP_NUM_THREADS": "1", "MATRIX_LIMIT": str(limit)}
+def launch(processes: int, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Launch a script and its arguments; its standard error is in its output."""
+    launcher = [sys.executable, "-m", "torchport", "launch", "--num-processes", str(processes)]
     try:
-        done = subprocess.run(
-            [*command, str(WORKER), str(folder), json.dumps([dataclasses.asdict(cell) for cell in cells])],
-            env={**os.environ, **variables},
+        return subprocess.run(
+            [*launcher, *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -63,8 +64,7 @@ def _job(folder: Path, cells: list[Cell], limit: float) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        return f"over {LIMIT} seconds\n{error.output!r}"
-    return done.stdout
+        return subprocess.CompletedProcess(command, 124, f"over {LIMIT} seconds\n{error.output!r}")
 
 
 def _results(path: Path) -> dict[str, dict]:

@@ -110,29 +110,23 @@ def reference(accumulation: int, share: int, shares: int) -> list[float]:
         return [*losses, loss_of(model, -1).item()]
 
 
-def run(cell: Cell) -> dict:
-    """Train the same with Torchport, and look at what trains."""
+def start(cell: Cell, model: nn.Module | None = None) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
+    """Begin a run anew in this process, and prepare a model and its optimizer."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         strategy=strategy_of(cell),
         precision=precision_of(cell),
         gradient_accumulation_steps=cell.accumulation,
     )
-    model = Network()
-    optimizer = optimizer_of(model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain, seen = accelerator.unwrap_model(model), look(accelerator, model)
+    model = Network() if model is None else model
+    return accelerator, *accelerator.prepare(model, optimizer_of(model))
+
+
+def train(accelerator, model, optimizer, cell: Cell, windows: range) -> list[float]:
+    """Train for some windows, and return the losses of this process and, after them, that of a further batch."""
     share, shares = accelerator.process_index, accelerator.num_processes
-
-    def watch(module: nn.Module, args: object, output: torch.Tensor) -> None:
-        seen["dtype"] = sorted({*seen.get("dtype", ()), str(output.dtype).removeprefix("torch.")})
-
-    def watch_head(module: nn.Module, args: object, output: torch.Tensor) -> None:
-        seen["resharded"] = isinstance(plain.blocks[0].up.weight, DTensor)
-
-    hooks = [plain.blocks[1].up.register_forward_hook(watch), plain.head.register_forward_hook(watch_head)]
     losses = []
-    for window in range(WINDOWS):
+    for window in windows:
         for micro in range(cell.accumulation):
             with accelerator.accumulate(model):
                 loss = loss_of(model, number_of(window, micro, cell.accumulation, share, shares))
@@ -142,11 +136,25 @@ def run(cell: Cell) -> dict:
                     accelerator.clip_grad_norm_(model.parameters(), CLIP)
                 optimizer.step()
                 optimizer.zero_grad()
-    for hook in hooks:
-        hook.remove()
     with torch.no_grad():
-        losses.append(loss_of(model, -1).item())
-    expected = reference(cell.accumulation, share, shares)
+        return [*losses, loss_of(model, -1).item()]
+
+
+def run(cell: Cell) -> dict:
+    """Train one cell, and look at what trains."""
+    accelerator, model, optimizer = start(cell)
+    plain, seen = accelerator.unwrap_model(model), look(accelerator, model)
+
+    def watch(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        seen["dtype"] = sorted({*seen.get("dtype", ()), str(output.dtype).removeprefix("torch.")})
+
+    def watch_head(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        seen["resharded"] = isinstance(plain.blocks[0].up.weight, DTensor)
+
+    plain.blocks[1].up.register_forward_hook(watch)
+    plain.head.register_forward_hook(watch_head)
+    losses = train(accelerator, model, optimizer, cell, range(WINDOWS))
+    expected = reference(cell.accumulation, accelerator.process_index, accelerator.num_processes)
     assert expected[-1] < expected[0] / 5, "the reference learns nothing, so that it proves nothing"
     return {"losses": losses, "reference": expected, "seen": seen}
 

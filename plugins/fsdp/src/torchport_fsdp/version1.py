@@ -188,19 +188,19 @@ class FlatParameterStrategy(ShardedStrategy):
 
     def model_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the whole state on rank 0, in host memory; nothing on other processes."""
-        with self._whole(model), _quietly():
+        with _quietly(), self._whole(model):
             return {plain_name(name): value for name, value in model.state_dict().items()}
 
     def load_model_state_dict(self, model: torch.nn.Module, state: dict[str, Any]) -> Any:
         """Load a whole state, of which each process keeps its part."""
-        with self._whole(model, loading=True), _quietly():
+        with _quietly(), self._whole(model, loading=True):
             return model.load_state_dict(state)
 
     def optimizer_state_dict(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
         """Return the whole state on rank 0, in host memory; on other processes only its settings."""
-        with self._whole(model), _quietly():
+        with _quietly(), self._whole(model):
             named = FullyShardedDataParallel.optim_state_dict(model, optimizer)
         groups = optimizer.state_dict()["param_groups"]
         if not named:
@@ -215,7 +215,7 @@ class FlatParameterStrategy(ShardedStrategy):
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         """Load a whole state, of which each process keeps its part."""
-        with self._whole(model, loading=True), _quietly():
+        with _quietly(), self._whole(model, loading=True):
             self._load_optimizer(model, optimizer, state)
 
     def _load_optimizer(
@@ -258,7 +258,7 @@ class FlatParameterStrategy(ShardedStrategy):
             shards.write_shards(tensors, shards.model_folder(folder, index), rest or None)
         for index, optimizer in optimizers.items():
             model = _owner(models, optimizer)
-            with self._parts(model), _quietly():
+            with _quietly(), self._parts(model):
                 named = FullyShardedDataParallel.optim_state_dict(model, optimizer)
             numbers = {name: number for number, name in enumerate(self._names(model, optimizer))}
             state = {numbers[plain_name(name)]: slots for name, slots in named["state"].items()}
@@ -277,7 +277,7 @@ class FlatParameterStrategy(ShardedStrategy):
             place = shards.model_folder(folder, index)
             tensors, _ = self._model_parts(model)
             shards.read_shards(tensors, place)
-            with self._parts(model), _quietly():
+            with _quietly(), self._parts(model):
                 model.load_state_dict({**tensors, **(shards.read_plain(place) or {})})
         for index, optimizer in optimizers.items():
             self._load_optimizer_shards(
@@ -285,7 +285,7 @@ class FlatParameterStrategy(ShardedStrategy):
             )
 
     def _model_parts(self, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        with self._parts(model), _quietly():
+        with _quietly(), self._parts(model):
             named = {plain_name(name): value for name, value in model.state_dict().items()}
         tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
         return tensors, {name: value for name, value in named.items() if name not in tensors}
@@ -300,7 +300,7 @@ class FlatParameterStrategy(ShardedStrategy):
             alike = shape == held.shape
             tensors[name] = torch.empty_like(held, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
         shards.read_shards(tensors, place)
-        with self._parts(model), _quietly():
+        with _quietly(), self._parts(model):
             state = shards.join_optimizer_state(tensors, shards.read_plain(place))
             self._load_optimizer(model, optimizer, state)
 

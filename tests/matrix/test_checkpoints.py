@@ -1,0 +1,75 @@
+"""Under every strategy: save, be killed, go on in another job; and whole weights from any strategy to any other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import CELLS, WHOLE
+from run import launch
+
+pytestmark = pytest.mark.multiprocess
+WORKER = Path(__file__).with_name("checkpoints.py")
+SUM = 1e-6
+"""Strategies add the same gradients up in another order, and clip by norms that differ by 1e-6."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def job(what: str, folder: Path) -> subprocess.CompletedProcess:
+    return launch(2, str(WORKER), what, str(folder))
+
+
+def results(what: str, folder: Path) -> list[dict]:
+    return [json.loads((folder / f"{what}{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    done = job("save", folder)
+    assert done.returncode == 137, done.stdout
+    assert "rank 1 failed first, killed by SIGKILL" in done.stdout
+    assert "FutureWarning" not in done.stdout
+    return results("save", folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder, saved):
+    done = job("load", folder)
+    assert done.returncode == 0, done.stdout
+    return results("load", folder)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_a_killed_job_goes_on_from_its_checkpoint_as_if_it_had_not_been_interrupted(saved, loaded, cell):
+    for before, after in zip(saved, loaded, strict=True):
+        assert after["goes on"][cell.name] == before[cell.name]["after"]
+
+
+@pytest.mark.parametrize("cell", WHOLE, ids=lambda cell: cell.layout)
+def test_whole_weights_are_those_of_the_run_in_a_plain_model(saved, loaded, cell):
+    for before, after in zip(saved, loaded, strict=True):
+        assert after["whole"][cell.name] == before[cell.name]["before"]
+
+
+@pytest.mark.parametrize("target", WHOLE, ids=lambda cell: cell.layout)
+@pytest.mark.parametrize("source", WHOLE, ids=lambda cell: cell.layout)
+def test_whole_weights_of_any_strategy_train_on_alike_under_any_other(loaded, source, target):
+    for rank in loaded:
+        found = rank["begins"][f"{source.layout} -> {target.layout}"]
+        assert found == pytest.approx(rank["begins"]["ddp -> ddp"], abs=SUM)
+
+
+@pytest.mark.parametrize(
+    "change", ["ddp -> deepspeed 2", "fsdp2 full -> deepspeed 3", "deepspeed 2 -> fsdp2 full"]
+)
+def test_states_that_a_strategy_cannot_take_over_are_refused_with_the_way_by_whole_weights(loaded, change):
+    for rank in loaded:
+        assert "save whole weights" in rank["refused"][change]
+        assert "save_model()" in rank["refused"][change]
