@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from pathlib import Path
 
 import pytest
 from torchport import aliases, envvars
@@ -29,57 +30,22 @@ def file(tmp_path, monkeypatch):
     return write
 
 
+def _template(name: str) -> str:
+    folder = Path(__file__).parents[1] / "fixtures" / "accelerate" / "config_yaml_templates"
+    return (folder / f"{name}.yaml").read_text()
+
+
 # The files under examples/config_yaml_templates of the reference documents, and those of its guides.
 TEMPLATES = {
-    "deepspeed": ("""
-        distributed_type: DEEPSPEED
-        deepspeed_config:
-          deepspeed_config_file: ../deepspeed_config_templates/zero_stage1_config.json
-          zero3_init_flag: false # true
-        num_processes: 2
-        """, {"strategy": "deepspeed", "num_processes": 2}),
-    "fp8": ("""
-        distributed_type: "NO"
-        mixed_precision: "fp8"
-        fp8_config:
-          backend: TE
-          amax_history_len: 1024
-          fp8_format: E4M3
-          interval: 1
-          margin: 0
-          override_linear_precision: [false, false, false]
-          use_autocast_during_eval: false
-        """, {"precision": "fp8", "num_processes": 1}),
-    "fsdp": ("""
-        distributed_type: FSDP
-        mixed_precision: 'bf16'
-        num_processes: 2
-        fsdp_config:
-          fsdp_activation_checkpointing: false
-          fsdp_sharding_strategy: FULL_SHARD
-        """, {"strategy": "fsdp", "precision": "bf16", "num_processes": 2}),
-    "multi_gpu": ("""
-        distributed_type: "MULTI_GPU"
-        mixed_precision: "bf16"
-        num_processes: 2
-        """, {"backend": "cuda", "precision": "bf16", "num_processes": 2}),
-    "multi_node": ("""
-        distributed_type: MULTI_GPU
-        machine_rank: 0
-        main_process_ip: '1234'
-        main_process_port: 9999
-        num_machines: 2
-        num_processes: 8
-        rdzv_backend: static # or c10d
-        same_network: false
-        """, {
+    "deepspeed": (_template("deepspeed"), {"strategy": "deepspeed", "num_processes": 2}),
+    "fp8": (_template("fp8"), {"precision": "fp8", "num_processes": 1}),
+    "fsdp": (_template("fsdp"), {"strategy": "fsdp", "precision": "bf16", "num_processes": 2}),
+    "multi_gpu": (_template("multi_gpu"), {"backend": "cuda", "precision": "bf16", "num_processes": 2}),
+    "multi_node": (_template("multi_node"), {
             "backend": "cuda", "machine_rank": 0, "main_process_ip": "1234", "main_process_port": 9999,
             "num_machines": 2, "num_processes": 8, "rdzv_backend": "static", "same_network": False,
         }),
-    "single_gpu": ("""
-        distributed_type: "NO"
-        mixed_precision: "bf16"
-        """, {"precision": "bf16", "num_processes": 1}),
+    "single_gpu": (_template("single_gpu"), {"precision": "bf16", "num_processes": 1}),
     "intel_cpu": ("""
         compute_environment: LOCAL_MACHINE
         distributed_type: MULTI_CPU

@@ -120,5 +120,6 @@ def test_uneven_batches_are_refused(found):
 def test_offload_to_disk_trains_or_says_what_is_missing(found):
     if isinstance(found["on_disk"], str):
         assert "DeepSpeed's asynchronous file access (async_io) cannot be built here" in found["on_disk"]
+        assert "apt-get install libaio-dev" in found["on_disk"]
     else:
         assert len(found["on_disk"]) == 6

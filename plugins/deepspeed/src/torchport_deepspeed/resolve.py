@@ -252,5 +252,5 @@ def _check_offload(config: dict[str, Any]) -> None:
             f"{' and '.join(kinds)} to 'nvme'",
             found="DeepSpeed's asynchronous file access (async_io) cannot be built here",
             reason=reason,
-            hint="install libaio and its header (libaio-dev), or offload to 'cpu'",
+            hint="apt-get install libaio-dev g++ (dnf install libaio-devel gcc-c++), or offload to 'cpu'",
         )

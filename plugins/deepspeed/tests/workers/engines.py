@@ -116,5 +116,6 @@ for device in ("optimizer", "param"):
 accelerator = new(DeepSpeedPlugin(zero_stage=2), gradient_accumulation_steps=STEPS, mixed_precision="bf16")
 found["bf16"] = train(accelerator, *prepared(accelerator))
 
+found["folder"] = str(FOLDER)
 (FOLDER / f"rank{RANK}.json").write_text(json.dumps(found))
 accelerator.end_training()
