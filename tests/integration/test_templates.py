@@ -6,7 +6,6 @@ What a file asks for that is not here (GPUs, machines, an engine of 8 bits that 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,20 +16,26 @@ TEMPLATES = FILES / "config_yaml_templates"
 STAGES = {path.stem: path for path in sorted((FILES / "deepspeed_config_templates").glob("*.json"))}
 
 
-def launch(name: str, folder: Path, *flags: str, files: tuple[Path, ...] = ()) -> list[dict]:
-    command = [sys.executable, "-m", "torchport", "launch", "--config_file", f"{name}.yaml", *flags]
-    done = subprocess.run(
-        [*command, str(FILES / "train.py"), str(folder), *map(str, files)],
-        cwd=TEMPLATES,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+@pytest.fixture(scope="module")
+def launch(prefork):
+    """Launch the script as a template says, and return what each rank wrote, in order of rank."""
+
+    def run(name: str, folder: Path, *flags: str, files: tuple[Path, ...] = ()) -> list[dict]:
+        command = [str(prefork / "torchport"), "launch", "--config_file", f"{name}.yaml", *flags]
+        done = subprocess.run(
+            [*command, str(FILES / "train.py"), str(folder), *map(str, files)],
+            cwd=TEMPLATES,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+    return run
 
 
 ONE_MACHINE = ("--cpu", "--num_machines", "1", "--num_processes", "2", "--main_process_ip", "127.0.0.1")
@@ -46,7 +51,7 @@ ONE_MACHINE = ("--cpu", "--num_machines", "1", "--num_processes", "2", "--main_p
         ("fsdp", (), ["fsdp", "bf16"], 2),
     ],
 )
-def test_a_template_launches_a_script_that_trains(tmp_path, name, flags, plan, processes):
+def test_a_template_launches_a_script_that_trains(launch, tmp_path, name, flags, plan, processes):
     ranks = launch(name, tmp_path, *flags)
     assert [rank["rank"] for rank in ranks] == list(range(processes))
     for rank in ranks:
@@ -54,7 +59,7 @@ def test_a_template_launches_a_script_that_trains(tmp_path, name, flags, plan, p
 
 
 @pytest.fixture(scope="module")
-def deepspeed(tmp_path_factory):
+def deepspeed(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepspeed")
     for path in STAGES.values():
         file = json.loads(path.read_text())

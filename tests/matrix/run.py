@@ -29,18 +29,24 @@ LIMIT = 900
 """Seconds for a job; each cell has its own limit inside it."""
 
 
-def run(wanted: list[Cell], limit: float = 60) -> dict[Cell, Verdict]:
+TORCHPORT = (sys.executable, "-m", "torchport")
+
+
+def run(wanted: list[Cell], limit: float = 60, torchport: tuple[str, ...] = TORCHPORT) -> dict[Cell, Verdict]:
     """Run cells of one number of processes, and return what has become of each.
 
     Args:
         wanted: The cells, in the order in which they are run.
         limit: Seconds for each cell.
+        torchport: The command line, up to its sub-command.
     """
     verdicts: dict[Cell, Verdict] = {}
     while rest := wanted[len(verdicts) :]:
         with tempfile.TemporaryDirectory() as folder:
             told = json.dumps([dataclasses.asdict(cell) for cell in rest])
-            output = launch(rest[0].processes, str(WORKER), folder, told, MATRIX_LIMIT=str(limit)).stdout
+            output = launch(
+                rest[0].processes, str(WORKER), folder, told, torchport=torchport, MATRIX_LIMIT=str(limit)
+            ).stdout
             ranks = [_results(path) for path in sorted(Path(folder).glob("rank*.jsonl"))]
         for cell in rest:
             if len(ranks) < cell.processes or any(cell.name not in rank for rank in ranks):
@@ -50,9 +56,11 @@ def run(wanted: list[Cell], limit: float = 60) -> dict[Cell, Verdict]:
     return verdicts
 
 
-def launch(processes: int, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int, *command: str, torchport: tuple[str, ...] = TORCHPORT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Launch a script and its arguments; its standard error is in its output."""
-    launcher = [sys.executable, "-m", "torchport", "launch", "--num-processes", str(processes)]
+    launcher = [*torchport, "launch", "--num-processes", str(processes)]
     try:
         return subprocess.run(
             [*launcher, *command],

@@ -22,8 +22,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def job(what: str, folder: Path) -> subprocess.CompletedProcess:
-    return launch(2, str(WORKER), what, str(folder))
+@pytest.fixture(scope="module")
+def job(prefork, folder):
+    def run(what: str) -> subprocess.CompletedProcess:
+        return launch(2, str(WORKER), what, str(folder), torchport=(str(prefork / "torchport"),))
+
+    return run
 
 
 def results(what: str, folder: Path) -> list[dict]:
@@ -31,8 +35,8 @@ def results(what: str, folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def saved(folder):
-    done = job("save", folder)
+def saved(job, folder):
+    done = job("save")
     assert done.returncode == 137, done.stdout
     assert "rank 1 failed first, killed by SIGKILL" in done.stdout
     assert "FutureWarning" not in done.stdout
@@ -40,8 +44,8 @@ def saved(folder):
 
 
 @pytest.fixture(scope="module")
-def loaded(folder, saved):
-    done = job("load", folder)
+def loaded(job, folder, saved):
+    done = job("load")
     assert done.returncode == 0, done.stdout
     return results("load", folder)
 

@@ -22,8 +22,9 @@ FOUR = [Cell("fsdp2 hybrid", precision, 3, 4) for precision in ("no", "bf16", "f
 
 
 @pytest.fixture(scope="module")
-def verdicts():
-    return {**run(TWO), **run(FOUR)}
+def verdicts(prefork):
+    torchport = (str(prefork / "torchport"),)
+    return {**run(TWO, torchport=torchport), **run(FOUR, torchport=torchport)}
 
 
 @pytest.mark.parametrize("cell", [*TWO, *FOUR], ids=lambda cell: cell.name)
@@ -36,9 +37,9 @@ def test_a_cell_trains_as_plain_pytorch_does_or_is_refused_before_it_starts(verd
         assert "try:" in verdict.text
 
 
-def test_a_cell_that_hangs_ends_with_the_stacks_of_where_it_was(tmp_path):
+def test_a_cell_that_hangs_ends_with_the_stacks_of_where_it_was(tmp_path, prefork):
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path), json.dumps([dataclasses.asdict(Cell("single", "no", 1, 1))])],
+        [str(prefork / "python"), str(WORKER), str(tmp_path), json.dumps([dataclasses.asdict(Cell("single", "no", 1, 1))])],
         env={**os.environ, "MATRIX_LIMIT": "0.05"}, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 1
