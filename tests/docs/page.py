@@ -1,9 +1,9 @@
 """Do what a page of the documentation says, as a reader would: write its files, type its commands, run its Python.
 
-    python tests/docs/page.py PAGE
+    python tests/docs/page.py PAGE [PROGRAMS]
 
 runs the blocks of one page in order, in one folder and one Python process, and exits with status 1 if anything
-differs from what the page says. Blocks are told apart by the first words after the fence:
+differs from what the page says. Commands are looked for in the folder PROGRAMS first. Blocks are told apart by the first words after the fence:
 
     console               lines after `$ ` are run by bash; what follows each is what it prints (if anything follows)
     console exit=2        the same; the last command exits with this status instead of 0
@@ -191,7 +191,7 @@ def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not job.match(name)}
     return {
         **kept,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([*sys.argv[2:], str(Path(sys.executable).parent), os.environ["PATH"]]),
         "HOME": str(here),
         "PYTHONPATH": str(site),
         "PIP_TARGET": str(site),

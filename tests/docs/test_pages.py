@@ -26,9 +26,10 @@ def to_run(path: Path) -> list:
     return [block for block in page.blocks(path.read_text()) if block.title or block.language in page.RUN]
 
 
-def run(path: Path) -> subprocess.CompletedProcess:
+def run(path: Path, programs: Path) -> subprocess.CompletedProcess:
     """Run a page in a session of its own, so that nothing it started survives a timeout."""
-    command = [sys.executable, HERE / "page.py", path]
+    new = "sys.modules" in path.read_text()  # what is imported when is its subject
+    command = [sys.executable if new else programs / "python", HERE / "page.py", path, programs]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
     try:
@@ -44,8 +45,8 @@ def run(path: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "path", [path for path in PAGES if to_run(path)], ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_the_page_does_what_it_says(path):
-    done = run(path)
+def test_the_page_does_what_it_says(path, prefork):
+    done = run(path, prefork)
     assert done.returncode == 0, done.stdout
 
 
@@ -99,14 +100,14 @@ def test_make_targets_that_the_pages_name_exist():
         "no command",
     ],
 )
-def test_a_page_that_is_wrong_is_found_out(tmp_path, text, complaint):
+def test_a_page_that_is_wrong_is_found_out(tmp_path, prefork, text, complaint):
     (tmp_path / "page.md").write_text(text)
-    done = run(tmp_path / "page.md")
+    done = run(tmp_path / "page.md", prefork)
     assert done.returncode == 1
     assert complaint in done.stdout
 
 
-def test_a_page_that_is_right_passes(tmp_path):
+def test_a_page_that_is_right_passes(tmp_path, prefork):
     (tmp_path / "page.md").write_text(
         '```python title="a.py"\nprint("from a file", 12)\n```\n'
         "```console exit=4\n$ python a.py\nfrom a ... 12\n$ export A=4; printf '1\\n2\\n3\\n'\n1\n...\n$ exit $A\n```\n"
@@ -114,7 +115,7 @@ def test_a_page_that_is_right_passes(tmp_path):
         '```text title="output"\n1\n```\n```text\nanything\n```\n'
         "```diff\n-y = 1\n+y = 0 + 1\n print(y)\n```\n"
     )
-    done = run(tmp_path / "page.md")
+    done = run(tmp_path / "page.md", prefork)
     assert (done.returncode, done.stdout) == (0, "")
 
 

@@ -16,22 +16,34 @@ SETTINGS = "settings.json"  # in the folder of this program: what preforking.py 
 SERVERS = ("even", "odd")  # by rank
 AT_START = (
     "PYTHON", "TORCH_", "TORCHDYNAMO", "TORCHINDUCTOR", "PYTORCH_", "LD_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_",
-    "OMPI_", "PMI",
 )  # fmt: skip
 AT_ANY_TIME = {
     "PYTHONPATH", "PYTHONWARNINGS", "PYTHONFAULTHANDLER", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "PYTHON_EXEC",
-    "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "LD_LIBRARY_PATH",
 }  # fmt: skip
 """What the server does for a process that it has forked, or what is read later."""
 
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 FORWARDED = (
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGABRT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT,
 )  # fmt: skip
 
 
 def fixed_at_start(environ):
-    """The variables that are read once, when an interpreter starts or PyTorch is loaded, or that name open files."""
+    """The variables that are read once, when an interpreter starts or PyTorch is loaded."""
     return {name: environ[name] for name in environ if name.startswith(AT_START) and name not in AT_ANY_TIME}
+
+
+def open_files():
+    """Return the numbers of the files that this process was given."""
+    with os.scandir("/proc/self/fd") as listing:
+        numbers = sorted(int(entry.name) for entry in listing)
+    found = []
+    for number in numbers:
+        with contextlib.suppress(OSError):  # that of the listing itself
+            os.fstat(number)
+            found.append(number)
+    return found
 
 
 def forkable(arguments, fixed):
@@ -51,12 +63,19 @@ class Process:
             if number not in self.ignored:
                 signal.signal(number, self.forward)
         environ, cwd = dict(os.environ), os.getcwd()
-        request = {"arguments": arguments, "cwd": cwd, "environ": environ, "ignored": self.ignored}
+        files = open_files()
+        request = {
+            "arguments": arguments,
+            "cwd": cwd,
+            "environ": environ,
+            "ignored": self.ignored,
+            "files": files,
+        }
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(server)
         data = json.dumps(request).encode() + b"\n"
-        connection.sendall(data[socket.send_fds(connection, [data], [0, 1, 2]) :])
-        for file in (0, 1, 2):  # whoever reads them waits for that process, not for this one
+        connection.sendall(data[socket.send_fds(connection, [data], files) :])
+        for file in files:  # whoever reads them waits for that process, not for this one
             os.close(file)
         self.answers = connection.makefile("r")
         self.pid = int(self.answers.readline())
@@ -89,7 +108,7 @@ def main():
     arguments = sys.argv[1:]
     if not forkable(arguments, settings["fixed"]):
         os.execv(settings["python"], [settings["python"], *arguments])
-    rank = int(os.environ.get("RANK", "0"))
+    rank = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
     Process(os.path.join(settings["folder"], SERVERS[rank % 2]), arguments).end_alike()
 
 

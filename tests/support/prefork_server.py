@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import gc
 import importlib
 import json
@@ -28,13 +29,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-SIZE = 1 << 20
-"""Length of the longest request."""
+SIZE, FILES = 1 << 20, 64
+"""How many bytes are read at once, and the most open files that a client may have."""
+
+HIGH = 256
+"""Above the numbers of files that a client was given."""
 
 
 def receive(connection: socket.socket) -> tuple[dict, Sequence[int]]:
-    """Read one request: a line of JSON, and three open files that come with its first byte."""
-    data, files, _, _ = socket.recv_fds(connection, SIZE, 3)
+    """Read one request: a line of JSON, and open files that come with its first byte."""
+    data, files, _, _ = socket.recv_fds(connection, SIZE, FILES)
     while data and not data.endswith(b"\n"):
         data += connection.recv(SIZE)
     return json.loads(data), files
@@ -100,7 +104,7 @@ class Server:
                             os.close(handle)
                         for other in (selector, self.listener, connection, *self.connections.values()):
                             other.close()
-                        return {**request, "files": files}
+                        return {**request, "files": dict(zip(request["files"], files, strict=True))}
                     for file in files:
                         os.close(file)
                     connection.sendall(f"{pid}\n".encode())
@@ -136,7 +140,10 @@ def _kill(pid: int) -> None:
 def become(request: dict) -> None:
     """Make this process what the interpreter of the client would be."""
     os.setsid()
-    for number, file in enumerate(request["files"]):
+    arrived = {number: fcntl.fcntl(file, fcntl.F_DUPFD, HIGH) for number, file in request["files"].items()}
+    for file in request["files"].values():
+        os.close(file)
+    for number, file in arrived.items():
         os.dup2(file, number)
         os.close(file)
     for number in request["ignored"]:

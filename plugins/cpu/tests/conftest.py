@@ -21,7 +21,7 @@ class Mpi:
     """One MPI library and how to start processes with it, by its own launcher."""
 
     flavour: str
-    library: Path
+    libmpi: Path
     launcher: tuple[str, ...]
     environ: Mapping[str, str] = field(default_factory=dict)
 
@@ -29,11 +29,13 @@ class Mpi:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI"))
         }
-        return {**inherited, "OMP_NUM_THREADS": "1", "MPI4PY_LIBMPI": str(self.library), **self.environ}
+        return {**inherited, "OMP_NUM_THREADS": "1", "MPI4PY_LIBMPI": str(self.libmpi), **self.environ}
 
-    def run(self, processes: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, processes: int, script: str, *arguments: str, python: str | Path = sys.executable
+    ) -> subprocess.CompletedProcess[str]:
         return run(
-            [*self.launcher, str(processes), sys.executable, str(WORKERS / script), *arguments],
+            [*self.launcher, str(processes), str(python), str(WORKERS / script), *arguments],
             self.variables(),
         )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+from jobs import checks_of
 
 from .conftest import WORKERS, run
 
-CHECKS = {*re.findall(r"^def (check_\w+)", (WORKERS / "operations.py").read_text(), re.MULTILINE), "reopen"}
+SUBJECTS = ("reductions", "exchanges", "messages", "asynchronous", "groups")
+CHECKS = {*itertools.chain(*(checks_of(WORKERS / f"{subject}.py") for subject in SUBJECTS)), "reopen"}
 
 
 def held(output: str) -> dict[int, set[str]]:
@@ -24,15 +27,15 @@ def held(output: str) -> dict[int, set[str]]:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 3])
-def test_every_operation_gives_exact_values(mpi, processes):
-    done = mpi.run(processes, "operations.py")
+def test_every_operation_gives_exact_values(mpi, prefork, processes):
+    done = mpi.run(processes, "operations.py", python=prefork / "python")
     assert done.returncode == 0, done.stderr
     assert held(done.stdout) == dict.fromkeys(range(processes), CHECKS)
 
 
 @pytest.mark.multiprocess
-def test_training_over_mpi_equals_one_process_and_gloo(mpi):
-    done = mpi.run(2, "training.py")
+def test_training_over_mpi_equals_one_process_and_gloo(mpi, prefork):
+    done = mpi.run(2, "training.py", python=prefork / "python")
     assert done.returncode == 0, done.stderr
     expected = {
         "ddp over mpi equals one process",
@@ -108,10 +111,10 @@ def probe(**environ: str) -> str:
 
 
 def test_the_probe_names_the_library_without_initialising_mpi(mpi):
-    answer = probe(MPI4PY_LIBMPI=str(mpi.library))
+    answer = probe(MPI4PY_LIBMPI=str(mpi.libmpi))
     assert answer.startswith("True")
     assert {"openmpi": "Open MPI v5", "mpich": "MPICH Version:"}[mpi.flavour] in answer
-    assert str(mpi.library) in answer
+    assert str(mpi.libmpi) in answer
 
 
 def test_the_probe_says_what_to_install_where_no_library_loads():

@@ -279,7 +279,7 @@ def launch_command(settings: dict, *command: str) -> list[str]:
 def test_a_job_runs_under_the_launcher_that_fits_the_library_and_returns_its_exit_code(mpi):
     arguments = (str(WORKERS / "place.py"), "7", "TORCHPORT_DEBUG", "MASTER_ADDR", "OMP_NUM_THREADS")
     environ = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    environ["MPI4PY_LIBMPI"] = str(mpi.library)
+    environ["MPI4PY_LIBMPI"] = str(mpi.libmpi)
     done = run(launch_command({"num_processes": 2, "log_prefix": False}, *arguments), environ)
     label = {"openmpi": "OpenMPI", "mpich": "MPICH"}[mpi.flavour]
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -295,7 +295,7 @@ def test_a_signal_ends_all_processes(mpi, number):
     command = launch_command({"num_processes": 2, "log_prefix": False}, str(WORKERS / "faults.py"), "wait")
     launcher = subprocess.Popen(
         command,
-        env=os.environ | {"MPI4PY_LIBMPI": str(mpi.library)},
+        env=os.environ | {"MPI4PY_LIBMPI": str(mpi.libmpi)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import run_job
 from torch import nn
 from torchport import Accelerator
 from torchport_fp8 import AORecipeKwargs, convert_model_to_fp8_ao, filter_linear_layers, has_ao_layers
 
 WORKER = Path(__file__).parent / "workers" / "parity.py"
-BIN = Path(sys.executable).parent
 
 spec = importlib.util.spec_from_file_location("fp8_parity", WORKER)
 parity = importlib.util.module_from_spec(spec)
@@ -31,14 +28,12 @@ def one_process(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    command = [str(BIN / "torchport"), "launch", "--num-processes", "2", str(WORKER), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "emulated" not in done.stderr  # it was asked for
-    assert "Failed to load" not in done.stderr
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+def two_processes(tmp_path_factory, prefork):
+    command = [prefork / "torchport", "launch", "--num-processes", "2"]
+    job = run_job(command, WORKER, tmp_path_factory.mktemp("two"), environ={"PYTHONWARNINGS": "default"})
+    assert "emulated" not in job.output  # it was asked for
+    assert "Failed to load" not in job.output
+    return job.ranks
 
 
 @pytest.mark.parametrize("case", CASES)
