@@ -203,6 +203,49 @@ def import_(quick: bool) -> list[Result]:
     return [result]
 
 
+_DISCOVER = """
+import sys, time
+from torchport.plan.discovery import discover
+started = time.perf_counter()
+installed = discover({})
+print(time.perf_counter() - started, len(installed.plugins), sorted({"torch", "numpy"} & sys.modules.keys()))
+"""
+
+
+def discovery(quick: bool) -> list[Result]:
+    """How long it takes to find and register all installed plugins."""
+    plugins = set()
+
+    def call() -> float:
+        command = [sys.executable, "-c", _DISCOVER]
+        done = subprocess.run(
+            command, env=_environment(), capture_output=True, text=True, timeout=DEADLINE, check=True
+        )
+        seconds, count, heavy = done.stdout.split(maxsplit=2)
+        if heavy.strip() != "[]":
+            raise AssertionError(f"discovering plugins imports {heavy}")
+        plugins.add(count)
+        return float(seconds)
+
+    rounds = 3 if quick else 9
+    whole = {"python": [sys.executable, "-c", "pass"], "torchport": [sys.executable, "-c", _DISCOVER]}
+    called = alternate({"torchport": call}, rounds)
+    taken = alternate({name: _timed(command) for name, command in whole.items()}, rounds)
+    notes = [
+        f"All installed plugins, {'/'.join(sorted(plugins))} with the core's own, in a fresh process; torch is not imported."
+    ]
+    return [
+        Result(
+            "discovery", "Discovery of all installed plugins", called,
+            baseline="torchport", budget=Budget("absolute", 0.06), notes=notes,
+        ),
+        Result(
+            "discovery-process", "The same, with the start of Python and the imports of the core", taken,
+            baseline="python", notes=notes,
+        ),
+    ]  # fmt: skip
+
+
 def gather(quick: bool) -> list[Result]:
     """Gather a tensor over two processes."""
     taken = _worker("gather", 15 if quick else 25, processes=2)
@@ -307,6 +350,7 @@ SUITES: dict[str, Callable[[bool], list[Result]]] = {
     "help": help_,
     "launch": launch,
     "import": import_,
+    "discovery": discovery,
     "gather": gather,
     "save": save,
     "compile": compile_,

@@ -10,6 +10,7 @@ import difflib
 import importlib.metadata
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +30,7 @@ from torchport.plan.registry import (
     plugin_key,
 )
 from torchport.plugin import hookspecs
-from torchport.plugin.requirements import name_of
+from torchport.plugin.requirements import name_of, plainly_met
 from torchport.plugin.specs import KINDS, Finding, Kind
 
 _HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("torchport_"))
@@ -55,11 +56,10 @@ def discover(
     own = Plugin("core", CORE, core_version)
     if _register(manager, builtin, own, installed):
         registered.append((builtin, own))
-    for point in _allowed(entry_points, environ, installed):
-        plugin = _plugin(point)
-        module = _import(point, plugin, core_version, installed)
-        if module is not None and _register(manager, module, plugin, installed):
-            registered.append((module, plugin))
+    for announced in _allowed(map(_read, entry_points), environ, installed):
+        module = _import(announced, core_version, installed)
+        if module is not None and _register(manager, module, announced.plugin, installed):
+            registered.append((module, announced.plugin))
 
     for entry in by_script.entries():
         installed.add([entry])
@@ -69,18 +69,29 @@ def discover(
     return installed
 
 
-def _plugin(point: importlib.metadata.EntryPoint) -> Plugin:
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """An announcement, and what the metadata of its distribution says: parsed once, which takes a millisecond."""
+
+    point: importlib.metadata.EntryPoint
+    plugin: Plugin
+    requires: tuple[str, ...] = ()
+
+
+def _read(point: importlib.metadata.EntryPoint) -> _Announced:
     if point.dist is None:
-        return Plugin(point.name, point.module, "")
-    return Plugin(point.name, point.dist.name, point.dist.version)
+        return _Announced(point, Plugin(point.name, point.module, ""))
+    metadata = point.dist.metadata
+    requires = metadata.get_all("Requires-Dist") or point.dist.requires or ()
+    return _Announced(point, Plugin(point.name, metadata["Name"], metadata["Version"]), tuple(requires))
 
 
 def _allowed(
-    points: Iterable[importlib.metadata.EntryPoint], environ: Mapping[str, str], installed: Installed
-) -> Iterable[importlib.metadata.EntryPoint]:
+    announced: Iterable[_Announced], environ: Mapping[str, str], installed: Installed
+) -> Iterable[_Announced]:
     """Apply the allow-list and the deny-list, and warn of names in them that nothing answers to."""
-    ordered = sorted(points, key=lambda point: (point.name, point.dist.name if point.dist else ""))
-    present = {plugin_key(point.name) for point in ordered}
+    ordered = sorted(announced, key=lambda one: (one.plugin.name, one.plugin.distribution))
+    present = {plugin_key(one.plugin.name) for one in ordered}
     listed = {name: envvars.names(environ, name) for name in (envvars.PLUGINS, envvars.DISABLE_PLUGINS)}
     for variable, names in listed.items():
         for name in names or ():
@@ -90,13 +101,14 @@ def _allowed(
                     f" (installed: {', '.join(sorted(present)) or 'none'})"
                 )
     allow, deny = ({plugin_key(name) for name in names or ()} for names in listed.values())
-    for point in ordered:
-        if plugin_key(point.name) in deny:
-            installed.denied[point.name] = f"it is listed in {envvars.DISABLE_PLUGINS}"
-        elif listed[envvars.PLUGINS] is not None and plugin_key(point.name) not in allow:
-            installed.denied[point.name] = f"it is not listed in {envvars.PLUGINS}"
+    for one in ordered:
+        name = one.plugin.name
+        if plugin_key(name) in deny:
+            installed.denied[name] = f"it is listed in {envvars.DISABLE_PLUGINS}"
+        elif listed[envvars.PLUGINS] is not None and plugin_key(name) not in allow:
+            installed.denied[name] = f"it is not listed in {envvars.PLUGINS}"
         else:
-            yield point
+            yield one
 
 
 def _core_version() -> str:
@@ -106,25 +118,24 @@ def _core_version() -> str:
         return ""
 
 
-def _import(
-    point: importlib.metadata.EntryPoint, plugin: Plugin, core_version: str, installed: Installed
-) -> Any:
+def _import(announced: _Announced, core_version: str, installed: Installed) -> Any:
     """Import what an entry point names, unless its distribution is made for another core."""
-    problem = _core_requirement(point) if core_version else ""
+    problem = _core_requirement(announced, core_version) if core_version else ""
     if problem:
-        installed.failures.append(PluginFailure(plugin, problem))
+        installed.failures.append(PluginFailure(announced.plugin, problem))
         return None
     try:
-        return point.load()
+        return announced.point.load()
     except (Exception, SystemExit) as error:
         reason = f"import failed: {type(error).__name__}: {error}"
-        installed.failures.append(PluginFailure(plugin, reason, traceback.format_exc()))
+        installed.failures.append(PluginFailure(announced.plugin, reason, traceback.format_exc()))
         return None
 
 
-def _core_requirement(point: importlib.metadata.EntryPoint) -> str:
+def _core_requirement(announced: _Announced, core_version: str) -> str:
     """Check the distribution's required range of the core, before anything of it is imported."""
-    wanted = [text for text in (point.dist.requires if point.dist else None) or () if name_of(text) == CORE]
+    own = [text for text in announced.requires if name_of(text) == CORE]
+    wanted = [text for text in own if not plainly_met(text, core_version)]
     try:
         problem = missing_runtime(wanted)
     except ValueError as error:
