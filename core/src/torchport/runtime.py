@@ -29,7 +29,7 @@ from torchport.plugin.backend import Backend
 from torchport.plugin.collectives import Collectives
 from torchport.plugin.context import RunContext
 from torchport.plugin.precision import Precision
-from torchport.plugin.specs import Topology
+from torchport.plugin.specs import BackendSpec, Topology
 from torchport.plugin.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -56,6 +56,26 @@ def build(decision: Decision) -> Any:
         ) from error
 
 
+def check_device_type(spec: BackendSpec) -> None:
+    """Refuse a device type that PyTorch cannot have in this process: there is one place for types from outside it.
+
+    Raises:
+        UnavailableError: if another vendor's package has taken the place (`PrivateUse1`).
+    """
+    try:
+        torch.device(spec.device_type)
+        return
+    except RuntimeError:
+        taken = str(torch._C._get_privateuse1_backend_name())
+    if taken not in ("privateuseone", spec.device_type):
+        raise UnavailableError(
+            f"backend {spec.name!r} needs PyTorch's one place for device types of other vendors (PrivateUse1)",
+            found=f"another vendor's package has taken it in this process, for {taken!r}",
+            reason="a process can have one of them only",
+            hint="uninstall the other package, or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 if PyTorch loads it by itself",
+        )
+
+
 class Runtime:
     """The objects of a run, shared by everything in the process.
 
@@ -80,6 +100,9 @@ class Runtime:
         environ = translate_environment(os.environ)
         self.plan = plan
         self.topology: Topology = plan.topology
+        spec = plan["backend"].spec
+        assert isinstance(spec, BackendSpec)
+        check_device_type(spec)
         self.backend: Backend = build(plan["backend"])
         self.backend.start_process(self.topology)
         if envvars.flag(environ, envvars.BIND_CPU):
