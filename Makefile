@@ -47,6 +47,10 @@ bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@$(BIN)/python tests/benchmarks/run.py
 
+# The lines of each backend.
+sizes: $(READY)
+	@$(BIN)/python tests/support/sizes.py
+
 docs: $(READY)
 	@$(BIN)/python docs/build.py
 
