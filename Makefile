@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requirements-dev.txt
 
-.PHONY: demo test test-trackers lint matrix bench docs clean
+.PHONY: demo sim test test-trackers lint matrix bench docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
@@ -23,8 +23,16 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+# The simulated accelerator: compiled for the environment's PyTorch, which takes about a minute; only tests need it.
+SIM := $(VENV)/.sim
+$(SIM): $(READY) contrib/sim/pyproject.toml contrib/sim/setup.py $(wildcard contrib/sim/csrc/*)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e contrib/sim
+	@touch $@
+
+sim: $(SIM)
+
 # Tests of time limits, and those that fork, run by themselves; then the others, two files at a time.
-test: lint
+test: lint $(SIM)
 	@$(BIN)/python -m pytest -m alone
 	@$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile
 
