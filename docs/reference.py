@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERFACES = ("Backend", "Collectives", "Precision", "Strategy", "Launcher", "Tracker", "Quantizer")
 VALUES = (
     "Probe", "Capabilities", "Requirements", "Topology", "Finding", "Job", "RunContext", "PrepareRequest",
-    "Prepared", "Kind",
+    "Prepared", "ParallelismConfig", "Kind",
 )  # fmt: skip
 """Dataclasses of the seam that are not descriptors."""
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torchport.errors import TorchportError
     from torchport.inference import prepare_pippy
     from torchport.launchers import debug_launcher, notebook_launcher
+    from torchport.plugin.parallelism import ParallelismConfig
     from torchport.state import AcceleratorState, GradientState, PartialState
     from torchport.training.local_sgd import LocalSGD
     from torchport.training.memory import find_executable_batch_size
@@ -50,6 +51,7 @@ _EXPORTS = {
     "GradientState": "torchport.state",
     "InitProcessGroupKwargs": "torchport.config.kwargs",
     "LocalSGD": "torchport.training.local_sgd",
+    "ParallelismConfig": "torchport.plugin.parallelism",
     "PartialState": "torchport.state",
     "ProfileKwargs": "torchport.config.kwargs",
     "Progress": "torchport.checkpoint.resume",
@@ -79,6 +81,7 @@ __all__ = [
     "GradientState",
     "InitProcessGroupKwargs",
     "LocalSGD",
+    "ParallelismConfig",
     "PartialState",
     "ProfileKwargs",
     "Progress",

@@ -31,9 +31,11 @@ from torchport.data.prepare import skip_first_batches
 from torchport.data.samplers import BatchSamplerShard, WholeBatchShard
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError
+from torchport.mesh_control import MeshControl
 from torchport.ops import exchange
 from torchport.plan.selection import Plan, Request
 from torchport.plugin.backend import Backend
+from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import Topology
 from torchport.preparation import Preparation
 from torchport.process_control import ProcessControl
@@ -49,7 +51,7 @@ from torchport.training.tracking_control import TrackingControl
 from torchport.unwrap import finish
 
 
-class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
+class Accelerator(ProcessControl, CheckpointControl, TrackingControl, MeshControl):
     """Runs a training or inference script on whatever the plan says.
 
     Args:
@@ -71,6 +73,8 @@ class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
         dynamo_plugin: The same, with further settings.
         resume: What `resume()` loads: `"auto"`, the newest complete checkpoint of the project, if there is one; a
             checkpoint's folder; `""`, nothing; `None`, what `TORCHPORT_RESUME` says. `"auto"` numbers checkpoints.
+        parallelism_config: How the processes are divided over a mesh of data, tensor, context and sequence
+            parallelism; `None` takes what variables say, or else leaves all to the strategy.
         kwargs_handlers: Settings of PyTorch objects and of the chosen plugins.
         **aliases: Documented older spellings (`mixed_precision`, `cpu`, …), see `docs/environment.md`.
 
@@ -105,6 +109,7 @@ class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
         dynamo_backend: Any = None,
         dynamo_plugin: TorchDynamoPlugin | None = None,
         resume: str | os.PathLike[str] | None = None,
+        parallelism_config: ParallelismConfig | None = None,
         kwargs_handlers: Iterable[Any] | None = None,
         **aliases: Any,
     ) -> None:
@@ -117,7 +122,14 @@ class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
             GradientState._reset_state()  # what a run that has ended left is not for this one
         names, own_trackers = separate(arguments.pop("trackers", None))
         arguments |= {} if names is None else {"trackers": names}
-        self._runtime = Runtime.open(Request(arguments=arguments, asked_by="Accelerator", handlers=handlers))
+        self._runtime = Runtime.open(
+            Request(
+                arguments=arguments,
+                asked_by="Accelerator",
+                handlers=handlers,
+                parallelism=parallelism_config,
+            )
+        )
         self._runtime.check_handlers(handlers)
         self.state = AcceleratorState()
         self.device_placement = device_placement
@@ -482,12 +494,17 @@ class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Gather results of a batch, without those of samples that only filled up the last round.
 
+        Of processes that work on the same batch (`tp`, `cp`, `sp`), the results of the first count.
+
         Args:
             input_data: Tensors (of one shape on all processes), or picklable objects.
             use_gather_object: Whether to gather tensors as objects, in a list.
         """
         return exchange.gather_for_metrics(
-            input_data, self.gradient_state.real_samples, as_objects=use_gather_object
+            input_data,
+            self.gradient_state.real_samples,
+            as_objects=use_gather_object,
+            readers=self.batch_readers,
         )
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
@@ -546,7 +563,7 @@ class Accelerator(ProcessControl, CheckpointControl, TrackingControl):
 _PARAMETERS = (
     "device_placement", "gradient_accumulation_steps", "gradient_accumulation_plugin", "dataloader_config",
     "rng_types", "project_dir", "project_config", "step_scheduler_with_optimizer", "dynamo_backend",
-    "dynamo_plugin", "resume", "kwargs_handlers",
+    "dynamo_plugin", "resume", "parallelism_config", "kwargs_handlers",
 )  # fmt: skip
 
 

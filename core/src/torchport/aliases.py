@@ -295,6 +295,14 @@ MACHINE_LAUNCHERS: Mapping[str, str] = {
 }
 """Settings of plugins that, when given, choose a launcher; the value `standard` leaves the choice."""
 
+RENAMED: Mapping[str, str] = {
+    "DeepSpeedSequenceParallelConfig": "torchport.plugin.parallelism:SequenceParallelConfig",
+}
+"""Documented names of classes that are called otherwise here: module and name."""
+
+MESH_PLUGIN = "fsdp"
+"""The plugin whose strategy lays models out over a mesh of several dimensions."""
+
 # --- which plugin reads what ---
 
 PLUGIN_PREFIXES: Mapping[str, str] = {

@@ -19,7 +19,8 @@ def lazy_exports(
 
     Args:
         module: `__name__` of the module that shows the names.
-        exports: Names, and the modules that define them; relative ones start with a dot.
+        exports: Names, and the modules that define them; relative ones start with a dot. `"module:Name"` where it has
+            another name there.
         otherwise: Finds the module of a name that is not among the exports; `None` if there is none.
 
     Returns:
@@ -30,7 +31,8 @@ def lazy_exports(
         source = exports.get(name) or otherwise(name)
         if source is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(source, module), name)
+        place, _, own = source.partition(":")
+        value = getattr(importlib.import_module(place, module), own or name)
         setattr(sys.modules[module], name, value)
         return value
 

@@ -222,6 +222,7 @@ class Preparation:
             loader,
             num_processes=count,
             process_index=index,
+            readers=self.context.topology.world_size // count,
             put_on_device=self._place(place),
             rng_types=self.rng_types,
             split_batches=self.loaders.split_batches,

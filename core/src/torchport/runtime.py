@@ -204,7 +204,22 @@ class Runtime:
                     found=f"{kept.name!r} ({kept.source})",
                     hint="give the same choice everywhere, or start anew: AcceleratorState._reset_state()",
                 )
-        return dataclasses.replace(plan, decisions=tuple(decisions))
+        return dataclasses.replace(plan, decisions=tuple(decisions), **self._mesh_of(plan, request))
+
+    def _mesh_of(self, plan: Plan, request: Request) -> dict[str, Any]:
+        """Keep the mesh over which models are laid out already, and refuse to be asked for another."""
+        here = self.plan
+        if "strategy" not in self.committed:
+            return {}
+        if request.parallelism is not None and plan.parallelism != here.parallelism:
+            asked = plan.parallelism.describe() if plan.parallelism is not None else "no mesh"
+            found = here.parallelism.describe() if here.parallelism is not None else "no mesh"
+            raise ConfigurationError(
+                f"{request.asked_by} asks for another parallelism_config than the run that is open ({asked})",
+                found=found,
+                hint="give the same everywhere, or start anew: AcceleratorState._reset_state()",
+            )
+        return {"parallelism": here.parallelism, "parallelism_source": here.parallelism_source}
 
     def _open_group(self, plan: Plan) -> None:
         collectives: Collectives = build(plan["collectives"])
@@ -240,6 +255,7 @@ class Runtime:
             precision=precision,
             accumulation_steps=accumulation_steps,
             handlers=tuple(handlers),
+            parallelism=self.plan.parallelism,
         )
 
     def precision(self) -> Precision:
@@ -250,6 +266,7 @@ class Runtime:
     def strategy(self) -> Strategy:
         """Build the plan's strategy."""
         strategy: Strategy = build(self.plan["strategy"])
+        strategy.parallelism = self.plan.parallelism
         return strategy
 
     def close(self) -> None:

@@ -137,7 +137,7 @@ def _partial_request(cpu: bool, kwargs: dict[str, Any]) -> Request:
     handlers = (InitProcessGroupKwargs(timeout=timeout),) if timeout is not None else ()
     if cpu:
         arguments = resolve_keywords({"cpu": True}, arguments)
-    return Request(arguments=arguments, asked_by="PartialState", handlers=handlers)
+    return Request(arguments=arguments, asked_by="PartialState", handlers=handlers, lays_out=False)
 
 
 class AcceleratorState(PartialState):
@@ -151,7 +151,9 @@ class AcceleratorState(PartialState):
 
     def __init__(self, mixed_precision: str | None = None, cpu: bool = False, **kwargs: Any) -> None:
         if mixed_precision is not None:
-            request = Request(arguments={"precision": mixed_precision}, asked_by="AcceleratorState")
+            request = Request(
+                arguments={"precision": mixed_precision}, asked_by="AcceleratorState", lays_out=False
+            )
             Runtime.open(request, commits=("backend", "collectives", "precision"))
         super().__init__(cpu=cpu, **kwargs)
 

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from torchport.aliases import AVAILABILITY, PLUGIN_NAMES
+from torchport.aliases import AVAILABILITY, PLUGIN_NAMES, RENAMED
 from torchport.lazy import lazy_exports
 
 _EXPORTS = {
@@ -22,6 +22,10 @@ _EXPORTS = {
     "ProfileKwargs": "torchport.config.kwargs",
     "ProjectConfiguration": "torchport.config.kwargs",
     "TorchDynamoPlugin": "torchport.config.dynamo",
+    "ParallelismConfig": "torchport.plugin.parallelism",
+    "SequenceParallelConfig": "torchport.plugin.parallelism",
+    "TorchContextParallelConfig": "torchport.plugin.parallelism",
+    "TorchTensorParallelConfig": "torchport.plugin.parallelism",
     # labels and errors
     "ComputeEnvironment": "torchport.labels",
     "DistributedOperationException": "torchport.errors",
@@ -117,7 +121,7 @@ def plugin_module(name: str) -> str | None:
     return f"torchport_{plugin}"
 
 
-__getattr__: Callable[[str], Any] = lazy_exports(__name__, _EXPORTS, plugin_module)
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, {**_EXPORTS, **RENAMED}, plugin_module)
 
 
 def __dir__() -> list[str]:

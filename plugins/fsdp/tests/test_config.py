@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from torchport.config import schema
+from torchport.plugin import ParallelismConfig
 from torchport_fsdp import AutoWrapPolicy, BackwardPrefetch, ShardingStrategy, StateDictType
 from torchport_fsdp import FullyShardedDataParallelPlugin as Fsdp
 
@@ -246,3 +247,20 @@ def test_switching_parameters_by_hand_keeps_groups_and_state():
     assert [optimizer.state[p] for p in after.parameters()] == states
     with pytest.raises(KeyError):
         fsdp2_switch_optimizer_parameters(optimizer, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"fsdp_version": 1}, "FSDP1 knows one dimension"),
+        ({"sharding_strategy": "HYBRID_SHARD"}, "dp_replicate_size and dp_shard_size say the same"),
+        ({"sharding_strategy": "NO_SHARD"}, "divides the processes by itself"),
+        ({"shard_group_size": 2}, "said by dp_shard_size"),
+        ({"sharding_strategy": "SHARD_GRAD_OP"}, ""),
+        ({}, ""),
+    ],
+)
+def test_settings_that_divide_the_processes_by_themselves_do_not_go_with_a_mesh(settings, reason):
+    found = Fsdp(**settings).parallelism_problem(ParallelismConfig(dp_shard_size=2, tp_size=2))
+    assert reason in found
+    assert bool(found) == bool(reason)

@@ -52,6 +52,7 @@ def torchport_strategies() -> Iterable[StrategySpec]:
         needs=Requirements(distributed=True),
         priority=10,
         min_processes=2,
+        parallelism=("dp_replicate",),
     )
 
 

@@ -277,6 +277,9 @@ def make_job(
     devices = tuple(part.strip() for part in config.device_ids.split(",") if part.strip())
     chosen = devices != (_ALL_DEVICES,) and devices
     num_processes = config.num_processes
+    mesh, asked = preflight.mesh(resolved, request, installed)
+    if num_processes is None and mesh is not None and not chosen:
+        num_processes = mesh.total_size
     if num_processes is None or chosen:
         backend: Any = choose_backend(request, resolved.environ, installed).spec
         if chosen:
@@ -285,6 +288,8 @@ def make_job(
             each = len(devices) if chosen else max(1, installed.probe(backend).count)
             num_processes = each * max(1, config.num_machines)
     preflight.check_shape(resolved, num_processes)
+    if mesh is not None:
+        mesh.check_world_size(num_processes, asked)
     preflight.check_port(resolved)
     return Job(
         command=command,

@@ -108,7 +108,7 @@ def print_plan(made: Plan) -> None:
         console,
         "Plan",
         ("slot", "choice", "source"),
-        [(decision.slot, decision.name, decision.source) for decision in made.decisions],
+        made.rows(),
     )
     print_table(
         console,

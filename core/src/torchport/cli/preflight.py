@@ -6,8 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchport.config import schema
 from torchport.config.layers import Resolved
 from torchport.errors import ConfigurationError, LaunchError
+from torchport.plan.decision import Decision
+from torchport.plan.mesh import check_mesh, mesh_asked_for
+from torchport.plan.registry import Installed
+from torchport.plan.request import Request, Sources, find_spec
+from torchport.plugin.parallelism import ParallelismConfig
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
@@ -64,6 +70,29 @@ def check_shape(resolved: Resolved, num_processes: int) -> None:
         raise ConfigurationError(
             f"{origins['max_restarts']} must not be negative", found=str(config.max_restarts)
         )
+
+
+def mesh(resolved: Resolved, request: Request, installed: Installed) -> tuple[ParallelismConfig | None, str]:
+    """Return the mesh that the launch asks for, and who does; the script may ask for another.
+
+    Raises:
+        TorchportError: if it is not valid, or the strategy that the launch asks for cannot lay it out.
+    """
+    section = schema.section_of(ParallelismConfig)
+    variables = {item.env for item in schema.settings_of(ParallelismConfig)}
+    if not request.settings.get(section) and not variables & resolved.environ.keys():
+        return None, ""
+    sources = Sources(request, resolved.environ, installed)
+    found, source = mesh_asked_for(sources)
+    ask = sources.ask("strategy")
+    if found is not None and ask is not None:
+        spec = find_spec("strategy", ask.value, ask.source, installed)
+        settings = sources.settings_of(spec, ask.value)
+        strategy = Decision(
+            slot="strategy", choice=(spec.name,), source=ask.source, specs=(spec,), config=settings
+        )
+        check_mesh(found, source, strategy, sources)
+    return found, source
 
 
 def check_port(resolved: Resolved) -> None:

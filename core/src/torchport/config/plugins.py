@@ -14,6 +14,7 @@ from torchport.config.layers import Resolved
 from torchport.config.schema import Setting
 from torchport.errors import ConfigurationError
 from torchport.plan.registry import Installed, load_reference
+from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import KINDS, Spec
 
 
@@ -61,7 +62,10 @@ class PluginSettings:
         return bool(item.env) or (self.spec is not None and self.spec.kind == "launcher")
 
 
-CORE_SETTINGS = (PluginSettings(None, TorchDynamoPlugin, "torch.compile"),)
+CORE_SETTINGS = (
+    PluginSettings(None, TorchDynamoPlugin, "torch.compile"),
+    PluginSettings(None, ParallelismConfig, "parallelism"),
+)
 """Settings of the core that travel to the workers as those of plugins do."""
 
 

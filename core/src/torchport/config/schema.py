@@ -4,6 +4,7 @@ Each configurable thing is one dataclass whose fields are made by `setting`. A c
 `__torchport_prefix__ = "acme"` gives derived names: the field `offload_params` then has the flag
 `--acme-offload-params`, the key `acme_offload_params` in the YAML section `acme_config`, and the variable
 `ACME_OFFLOAD_PARAMS`. Without a prefix, flag and key are the field's name and there is no variable.
+`__torchport_section__` names another section.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def settings_of(config: type) -> tuple[Setting, ...]:
 def section_of(config: type) -> str:
     """Return the YAML section that holds a plugin's settings; empty for settings at the top of the file."""
     prefix = getattr(config, "__torchport_prefix__", "")
-    return f"{prefix}_config" if prefix else ""
+    section: str = getattr(config, "__torchport_section__", f"{prefix}_config" if prefix else "")
+    return section
 
 
 def from_mapping(config: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

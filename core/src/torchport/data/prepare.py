@@ -65,6 +65,7 @@ def prepare_data_loader(
     use_stateful_dataloader: bool = False,
     prefetch_to_device: bool = True,
     channel: Channel | None = None,
+    readers: int = 1,
 ) -> DataLoaderShard:
     """Make the share of one process in a loader.
 
@@ -87,6 +88,7 @@ def prepare_data_loader(
         prefetch_to_device: Whether the next batch is copied while the current one is computed on, where the device
             has streams.
         channel: How dispatched batches are sent; by default with the collectives of the run.
+        readers: Number of processes that read each share, alike.
 
     Raises:
         ConfigurationError: if batches cannot be shared out as asked.
@@ -102,7 +104,7 @@ def prepare_data_loader(
     placed = device if put_on_device and not _in_host_memory(runtime, device) else None
     own: dict[str, Any] = {
         "device": placed,
-        "rng_types": tuple(rng_types or ()) if processes > 1 else (),
+        "rng_types": tuple(rng_types or ()) if processes * readers > 1 else (),
         "non_blocking": non_blocking,
     }
     dataset, source = dataloader.dataset, _own_iteration(dataloader, processes)
@@ -126,13 +128,13 @@ def prepare_data_loader(
     if iterable:
         if processes > 1 and channel is None and not divided and index == 0:
             _tell_that_all_read(dataset, processes)
-        own["synchronized_generator"] = shared_generator(dataset, processes)
+        own["synchronized_generator"] = shared_generator(dataset, processes * readers)
         settings = _share_iterable(dataloader, sharing, DividedDataset if divided else IterableDatasetShard)
         if divided:
             own["synchronized_generator"] = shared_generator(settings["dataset"].dataset, processes)
     else:
         settings, own["synchronized_generator"] = _share_samples(
-            dataloader, sharing, use_seedable_sampler, data_seed
+            dataloader, sharing, use_seedable_sampler, data_seed, processes * readers
         )
     if use_stateful_dataloader:
         from torchport.data.stateful import stateful_loader
@@ -228,9 +230,9 @@ def _channel(
     if dispatch is None:
         return None
     raise ConfigurationError(
-        "dispatch_batches sends batches from the main process of the run to the others",
-        found=f"{processes} shares asked for, outside of a run of as many processes",
-        hint="leave dispatch_batches out, or make an Accelerator first",
+        "dispatch_batches sends batches from the main process of the run to the others, a different one to each",
+        found=f"{processes} shares asked for, not in a run of as many processes",
+        hint="leave dispatch_batches out; or make an Accelerator first, without processes that share batches",
     )
 
 
@@ -243,12 +245,12 @@ def _tell_that_all_read(dataset: Any, processes: int) -> None:
 
 
 def _share_samples(
-    dataloader: DataLoader[Any], sharing: _Sharing, seedable: bool, data_seed: int | None
+    dataloader: DataLoader[Any], sharing: _Sharing, seedable: bool, data_seed: int | None, drawing: int
 ) -> tuple[dict[str, Any], torch.Generator | None]:
-    """Share out a data set whose samples are chosen by a sampler."""
+    """Share out a data set whose samples are chosen by a sampler, which `drawing` processes draw from alike."""
     whole = dataloader.batch_sampler is None
     sampler, generator = share_order(
-        dataloader.sampler if whole else dataloader.batch_sampler, sharing.processes, seedable, data_seed
+        dataloader.sampler if whole else dataloader.batch_sampler, drawing, seedable, data_seed
     )
     if sharing.processes > 1 and whole and getattr(sampler, "batch_size", None) is None:
         even = sharing.even and not sharing.split

@@ -74,14 +74,19 @@ def gather_object(object: Any) -> list[Any]:
     return [item for items in _group.collectives.all_gather_object(mine) for item in items]
 
 
-def gather_for_metrics(data: Any, remainder: int | Sequence[int], *, as_objects: bool = False) -> Any:
+def gather_for_metrics(
+    data: Any, remainder: int | Sequence[int], *, as_objects: bool = False, readers: int = 1
+) -> Any:
     """Gather the results of a batch, without those of samples that only filled up the last round.
 
     Args:
         data: Tensors of one shape on all processes; anything else is gathered as objects.
         remainder: Number of results to keep, or a number for each process; 0 or less keeps all.
         as_objects: Whether to gather tensors as objects, in a list.
+        readers: Number of processes, one after the other, that work on the same batch: the first one's results count.
     """
+    if readers > 1 and _group.collectives is not None:
+        return _gather_from_firsts(data, remainder, readers, as_objects=as_objects or not all_tensors(data))
     if as_objects or not all_tensors(data):
         if isinstance(remainder, int) or _group.collectives is None:
             objects = gather_object(data)
@@ -96,6 +101,21 @@ def gather_for_metrics(data: Any, remainder: int | Sequence[int], *, as_objects:
         return torch.cat([part[:n] for part, n in zip(leaf.chunk(len(remainder)), remainder, strict=True)])
 
     return recursively_apply(kept, gathered)
+
+
+def _gather_from_firsts(data: Any, remainder: int | Sequence[int], readers: int, *, as_objects: bool) -> Any:
+    """Gather what the first of every few processes has, which work on one batch."""
+    keep = remainder if isinstance(remainder, int) else max(sum(remainder), 0)
+    first = _group.rank % readers == 0
+    if as_objects:
+        objects = gather_object((data if isinstance(data, (list, tuple)) else [data]) if first else [])
+        return objects[:keep] if keep > 0 else objects
+
+    def firsts(leaf: torch.Tensor) -> torch.Tensor:
+        return torch.cat(leaf.chunk(_group.world_size)[::readers])
+
+    gathered = recursively_apply(firsts, gather(data))
+    return slice_tensors(gathered, slice(keep)) if keep > 0 else gathered
 
 
 def broadcast(tensor: Any, from_process: int = 0) -> Any:

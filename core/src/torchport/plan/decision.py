@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
+from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import Spec, Topology
 
 AUTOMATIC = "automatic"
@@ -68,6 +69,9 @@ class Plan:
         overrides: One sentence for each variable that an argument overrides.
         warnings: What the operator should hear once.
         distributed: Whether a process group is opened.
+        parallelism: How the processes are divided over a mesh; `None` where nobody asked for more than data
+            parallelism.
+        parallelism_source: Who asked for it.
     """
 
     decisions: tuple[Decision, ...]
@@ -75,6 +79,8 @@ class Plan:
     distributed: bool
     overrides: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    parallelism: ParallelismConfig | None = None
+    parallelism_source: str = ""
 
     def __getitem__(self, slot: str) -> Decision:
         for decision in self.decisions:
@@ -112,15 +118,30 @@ class Plan:
 
     def explain(self) -> str:
         """Return the plan as text: a line for each slot that is filled, with the choice and who made it."""
-        shown = [decision for decision in self.decisions if decision.choice]
-        width = max(len(decision.name) for decision in shown)
-        lines = [f"  {d.slot:<12} {d.name:<{width}}  {d.source}" for d in shown]
+        shown = self.rows(empty=False)
+        width = max(len(choice) for _, choice, _ in shown)
+        lines = [f"  {slot:<12} {choice:<{width}}  {source}" for slot, choice, source in shown]
         count = self.topology.world_size
         place = f"{count} process{'es' * (count != 1)} ({self.topology.source})"
         return "\n".join([f"plan for {place}", *lines])
 
+    def rows(self, *, empty: bool = True) -> list[tuple[str, str, str]]:
+        """Return each slot with its choice and who made it; then the mesh, if one was asked for.
+
+        Args:
+            empty: Whether slots that stay empty are among them.
+        """
+        rows = [(d.slot, d.name, d.source) for d in self.decisions if d.choice or empty]
+        if self.parallelism is not None:
+            rows.append(("parallelism", self.parallelism.describe(), self.parallelism_source))
+        return rows
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for JSON."""
+        mesh = None
+        if self.parallelism is not None:
+            mesh = {"sizes": self.parallelism.sizes, "source": self.parallelism_source}
+            mesh["settings"] = plain(self.parallelism)
         return {
             "slots": {
                 decision.slot: {
@@ -134,6 +155,7 @@ class Plan:
             "topology": asdict(self.topology),
             "distributed": self.distributed,
             "distributed_type": self.distributed_type,
+            "parallelism": mesh,
             "overrides": list(self.overrides),
             "warnings": list(self.warnings),
         }
@@ -143,20 +165,26 @@ class Plan:
 
         Each process may have trackers of its own, and may have been started in its own way.
         """
-        import hashlib
-        import json
-
         shared = {}
         for decision in self.decisions:
             if decision.slot in ("trackers", "launcher"):
                 continue
             shared[decision.slot] = decision.name
             if decision.config is not None:
-                settings = json.dumps(plain(decision.config), sort_keys=True)
-                digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-                shared[decision.slot] += f" (settings {digest})"
+                shared[decision.slot] += _digest(decision.config)
+        mesh = self.parallelism
+        shared["parallelism"] = "-" if mesh is None else mesh.describe() + _digest(mesh)
         shared["processes"] = str(self.topology.world_size)
         return shared
+
+
+def _digest(settings: Any) -> str:
+    """Return a short text that is the same for equal settings."""
+    import hashlib
+    import json
+
+    text = json.dumps(plain(settings), sort_keys=True)
+    return f" (settings {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from torchport import envvars
 from torchport.config import schema
 from torchport.errors import ConfigurationError
 from torchport.plan.registry import Installed, load_reference
+from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import KINDS, Spec
 
 SLOTS = ("backend", "strategy", "precision", "collectives", "launcher", "trackers", "quantizer")
@@ -38,6 +39,8 @@ class Request:
         settings: By YAML section (`"fsdp_config"`): the plugin settings of a configuration file.
         handlers: Configuration objects given besides the slots, used where a chosen spec's `config` names
             their class.
+        parallelism: How the processes are divided over a mesh; `None` leaves it to variables and the file.
+        lays_out: Whether the strategy is going to lay out models, and must be able to do so on that mesh.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +49,8 @@ class Request:
     config_file: str = "configuration file"
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     handlers: tuple[Any, ...] = ()
+    parallelism: ParallelismConfig | None = None
+    lays_out: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class Sources:
             return Ask(argument, f"{self.request.asked_by} {slot}={_show(argument)}")
         variable = slot_variable(slot)
         if self.environment.get(variable):
-            return Ask(self.environment[variable], self._variable_source(variable))
+            return Ask(self.environment[variable], self.variable_source(variable))
         configured = self.request.configured.get(slot)
         return Ask(configured, f"{self.request.config_file}: {slot}") if configured else None
 
@@ -84,11 +89,11 @@ class Sources:
             if value and argument is not None and self._differ(slot, argument, value):
                 sentences.append(
                     f"{self.request.asked_by} {slot}={_show(argument)}"
-                    f" overrides {self._variable_source(variable)}={value}"
+                    f" overrides {self.variable_source(variable)}={value}"
                 )
         return tuple(sentences)
 
-    def _variable_source(self, variable: str) -> str:
+    def variable_source(self, variable: str) -> str:
         """Name the variable, and the flag or file that the launcher made it from."""
         origin = envvars.origins(self.environment).get(variable)
         return f"{origin} ({variable})" if origin else variable

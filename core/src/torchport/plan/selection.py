@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torchport.plan import slots
 from torchport.plan.decision import AUTOMATIC, Decision, Plan, Rejection, plain
+from torchport.plan.mesh import check_mesh, mesh_asked_for
 from torchport.plan.registry import Installed
 from torchport.plan.request import (
     SLOTS,
@@ -53,14 +54,19 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
 
     Raises:
         SelectionError: if a slot cannot be filled.
-        ConfigurationError: if a plugin's settings are not valid.
+        ConfigurationError: if a plugin's settings are not valid, or the mesh has another number of processes.
         TorchportError: if a plugin vetoes the plan (`torchport_plan_resolved`).
     """
     sources = Sources(request, environment, installed)
     backend = slots.fill_backend(sources)
     device = _backend_spec(backend)
     slots.check_processes(backend, device, topology)
+    mesh, mesh_source = mesh_asked_for(sources)
+    if mesh is not None:
+        mesh.check_world_size(topology.world_size, mesh_source)
     strategy = slots.fill_strategy(sources, device, topology)
+    if mesh is not None and request.lays_out:
+        check_mesh(mesh, mesh_source, strategy, sources)
     distributed = slots.needs_process_group(strategy, topology)
     decisions = (
         backend,
@@ -76,6 +82,8 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
         topology=topology,
         distributed=distributed,
         overrides=sources.overrides(),
+        parallelism=mesh,
+        parallelism_source=mesh_source,
         warnings=(*installed.warnings, *_failures_passed_over(backend, installed)),
     )
     said = [sentence for observe in installed.observers for sentence in observe(made) or ()]

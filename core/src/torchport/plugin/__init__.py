@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torchport.config.schema import setting
 from torchport.lazy import lazy_exports
 from torchport.plugin.hookspecs import PROJECT, hookimpl
+from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import (
     HOOK_API,
     KINDS,
@@ -84,6 +85,7 @@ __all__ = [
     "Kind",
     "Launcher",
     "LauncherSpec",
+    "ParallelismConfig",
     "Precision",
     "PrecisionSpec",
     "PrepareRequest",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import Topology
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class RunContext:
         precision: The precision object.
         accumulation_steps: Micro-batches per optimizer step.
         handlers: Keyword-argument handlers given to `Accelerator(kwargs_handlers=...)`.
+        parallelism: How the processes are divided over a mesh; `None` where all are data parallel.
     """
 
     device: torch.device
@@ -36,3 +38,4 @@ class RunContext:
     precision: Precision
     accumulation_steps: int = 1
     handlers: tuple[Any, ...] = ()
+    parallelism: ParallelismConfig | None = None

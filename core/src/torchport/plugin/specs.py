@@ -258,6 +258,8 @@ class StrategySpec(Spec):
             0 or less is never taken automatically.
         min_processes: Fewest processes for which it is taken automatically.
         max_processes: Most processes it can run on; 0 means any number.
+        parallelism: Dimensions of a `ParallelismConfig` that it can lay out; any other is refused before the start.
+            Its settings may have a method `parallelism_problem(config)`, which returns why they do not go with it.
     """
 
     kind: ClassVar[str] = "strategy"
@@ -267,11 +269,13 @@ class StrategySpec(Spec):
     priority: int = 0
     min_processes: int = 1
     max_processes: int = 0
+    parallelism: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
         for attribute in ("priority", "min_processes", "max_processes"):
             _check_integer(self, attribute)
+        self._tuple("parallelism")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

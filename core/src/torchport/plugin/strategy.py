@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import StrategySpec, Topology
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from torchport.plugin.context import RunContext
 
 
@@ -83,6 +86,9 @@ class Prepared:
 class Strategy(ABC):
     """A layout of model, optimizer and gradients over processes.
 
+    Attributes:
+        parallelism: The mesh that the plan asks for, if any; set by the run before anything is prepared.
+
     Args:
         spec: The descriptor that named this factory.
         config: An instance of the spec's `config` dataclass, or `None`.
@@ -91,6 +97,8 @@ class Strategy(ABC):
     def __init__(self, spec: StrategySpec, config: Any = None) -> None:
         self.spec = spec
         self.config = config
+        self.parallelism: ParallelismConfig | None = None
+        self._device_mesh: DeviceMesh | None = None
 
     @property
     def supports_local_steps(self) -> bool:
@@ -172,7 +180,39 @@ class Strategy(ABC):
 
     def data_share(self, topology: Topology) -> tuple[int, int]:
         """Return which of how many different batches of a step this process reads: `(index, count)`."""
+        if self.parallelism is not None:
+            return self.parallelism.data_share(topology)
         return topology.rank, topology.world_size
+
+    def device_mesh(self, context: RunContext) -> DeviceMesh | None:
+        """Return the mesh of the run, whose dimensions have the names of the plan's; `None` where it asks for none."""
+        if self.parallelism is not None and self._device_mesh is None:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            sizes = self.parallelism.active
+            self._device_mesh = init_device_mesh(
+                context.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
+            )
+        return self._device_mesh
+
+    def context_parallel(
+        self,
+        context: RunContext,
+        buffers: Sequence[torch.Tensor],
+        buffer_seq_dims: Sequence[int],
+        no_restore_buffers: Collection[torch.Tensor],
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which this process has its part of sequences, and attention sees all of them.
+
+        It is asked for only where the plan spreads sequences (`cp` or `sp`).
+
+        Args:
+            context: The run.
+            buffers: Tensors with a dimension along sequences; inside, each holds this process's part.
+            buffer_seq_dims: That dimension of each.
+            no_restore_buffers: Those that need not be whole again afterwards.
+        """
+        raise NotImplementedError
 
     def model_init_context(self) -> AbstractContextManager[Any]:
         """Return a context in which to construct models too large for one process."""

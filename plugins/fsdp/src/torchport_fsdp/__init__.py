@@ -38,6 +38,7 @@ def torchport_strategies() -> Iterable[StrategySpec]:
         summary="parameters, gradients and optimizer states spread over the processes (FSDP2, or FSDP1)",
         needs=Requirements(distributed=True),
         distributed_type="FSDP",
+        parallelism=("dp_replicate", "dp_shard", "cp", "sp", "tp"),
     )
 
 

@@ -8,6 +8,8 @@ import torch
 from torch.distributed._composable.checkpoint_activation import checkpoint
 from torchport.errors import ConfigurationError
 
+from torchport_fsdp.sequences import recomputing
+
 
 def recompute(modules: Sequence[torch.nn.Module], model: torch.nn.Module) -> None:
     """Let each of some modules compute its activations anew; their parameters keep their names.
@@ -22,4 +24,4 @@ def recompute(modules: Sequence[torch.nn.Module], model: torch.nn.Module) -> Non
             hint="auto_wrap_policy='TRANSFORMER_BASED_WRAP' with transformer_cls_names_to_wrap=[...]",
         )
     for module in modules:
-        checkpoint(module)
+        checkpoint(module, context_fn=recomputing)

@@ -80,7 +80,7 @@ def _total_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor
             for dimension, placement in enumerate(placements):
                 if placement.is_partial():
                     raise NotImplementedError("gradients that are partial sums cannot be clipped")
-                if placement.is_shard() and mesh.size(dimension) > 1:
+                if not placement.is_replicate() and mesh.size(dimension) > 1:
                     dist.all_reduce(part, operation, group=mesh.get_group(dimension))
         parts.append(part.to(home))
     together = torch.stack(parts)

@@ -16,7 +16,7 @@ from torchport.plugin import RunContext, Strategy
 from torchport.plugin.shards import FORMAT
 
 from torchport_fsdp.config import FullyShardedDataParallelPlugin, StateDictType
-from torchport_fsdp.mesh import data_mesh
+from torchport_fsdp.mesh import Layout, data_mesh, draw_alike, lay_out
 from torchport_fsdp.parameters import upcast_trainable
 
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -36,6 +36,7 @@ class ShardedStrategy(Strategy):
     def __init__(self, spec: Any, config: FullyShardedDataParallelPlugin | None = None) -> None:
         super().__init__(spec, config or FullyShardedDataParallelPlugin())
         self._mesh: DeviceMesh | None = None
+        self._layout: Layout | None = None
 
     @property
     def shards(self) -> str:
@@ -43,10 +44,26 @@ class ShardedStrategy(Strategy):
         return FORMAT if self.config.state_dict_type is StateDictType.SHARDED_STATE_DICT else ""
 
     def mesh(self, context: RunContext) -> DeviceMesh:
-        """Return the mesh of the run, made when the first model is prepared."""
+        """Return the mesh over which parameters are sharded, made when the first model is prepared."""
+        layout = self.layout(context)
+        if layout is not None:
+            return layout.data
         if self._mesh is None:
             self._mesh = data_mesh(context.device.type, context.topology, self.config)
         return self._mesh
+
+    def layout(self, context: RunContext) -> Layout | None:
+        """Return the meshes of the run, where the plan asks for one."""
+        if self._layout is None and self.parallelism is not None:
+            self._layout = lay_out(context.device.type, self.parallelism)
+            if self._layout.tensor is not None:
+                draw_alike(self._layout.tensor, context)
+        return self._layout
+
+    def device_mesh(self, context: RunContext) -> DeviceMesh | None:
+        """Return the mesh of the run, with its dimensions by name; `None` where the plan asks for none."""
+        layout = self.layout(context)
+        return None if layout is None else layout.whole
 
     def model_init_context(self) -> AbstractContextManager[Any]:
         """Return a context in which every process but rank 0 makes models without memory, if so configured."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torchport.config.kwargs import KwargsHandler
-from torchport.plugin import setting
+from torchport.plugin import ParallelismConfig, setting
 
 
 class _Choice(str, enum.Enum):
@@ -176,6 +176,20 @@ class FullyShardedDataParallelPlugin(KwargsHandler):
         self._settle_switches()
         if self.fsdp_version == 2:
             self._check_version_2()
+
+    def parallelism_problem(self, parallelism: ParallelismConfig) -> str:
+        """Say why these settings do not go with a mesh; empty if they do."""
+        if self.fsdp_version == 1:
+            return "FSDP1 knows one dimension; fsdp_version=2 takes a mesh"
+        strategy = self.sharding_strategy
+        if strategy is not None and (strategy.hybrid or strategy is ShardingStrategy.NO_SHARD):
+            return (
+                f"sharding_strategy={strategy.value} divides the processes by itself; leave it out:"
+                " dp_replicate_size and dp_shard_size say the same"
+            )
+        if self.shard_group_size:
+            return f"shard_group_size={self.shard_group_size} is said by dp_shard_size; leave it out"
+        return ""
 
     def _settle_choices(self) -> None:
         for name, kind in (

@@ -191,6 +191,25 @@ def part_of(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Any]) ->
     return part
 
 
+def gather_spread(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
+    """Put whole parameters in the place of those that are still spread when their unit is gathered.
+
+    Returns:
+        The module, the name and the parameter that was there, of each.
+    """
+    held = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    replaced: list[tuple[torch.nn.Module, str, Any]] = [one for one in held if is_spread(one[2])]
+    for module, name, parameter in replaced:
+        whole = parameter.detach().full_tensor()
+        module._parameters[name] = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return replaced
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether a tensor is spread over processes."""
+    return isinstance(tensor, DTensor)
+
+
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor; call it on every process that holds a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,15 @@ from torchport_fsdp.config import BackwardPrefetch, FullyShardedDataParallelPlug
 from torchport_fsdp.parameters import (
     Successors,
     average_ignored,
+    gather_spread,
     local_of,
     materialise,
     own_tensors,
     place_ignored,
     switch_parameters,
 )
+from torchport_fsdp.sequences import spread_sequences
+from torchport_fsdp.tensor_parallel import spread, styles_of
 from torchport_fsdp.wrapping import check_shared, ignored_parameters, inside, units
 
 _POLICY = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
@@ -65,7 +67,8 @@ class FullyShardStrategy(ShardedStrategy):
             return  # by the user's own hand
         self.check_meta(model)
         self.upcast(model, context)
-        config, mesh = self.config, self.mesh(context)
+        config, mesh, layout = self.config, self.mesh(context), self.layout(context)
+        styles = {} if self.parallelism is None else styles_of(model, self.parallelism)
         ignored = ignored_parameters(model, config)
         kept = frozenset(id(parameter) for parameter in ignored)
         inner = units(model, config, kept)
@@ -85,7 +88,13 @@ class FullyShardStrategy(ShardedStrategy):
                 options["reshard_after_forward"] = config.reshard_after_forward
             else:  # PyTorch's default: the outermost unit is needed again at once, by the backward
                 options.pop("reshard_after_forward", None)
-            successors.shard(module, functools.partial(fully_shard, module, mesh=mesh, **options))
+
+            def divide(module: torch.nn.Module = module) -> None:
+                if layout is not None and layout.tensor is not None:
+                    spread(module, styles, layout.tensor)
+                fully_shard(module, mesh=mesh, **options)
+
+            successors.shard(module, divide)
             done.update(id(parameter) for parameter in module.parameters())
         if place:
             place_ignored(ignored, context.device)
@@ -127,15 +136,31 @@ class FullyShardStrategy(ShardedStrategy):
         for part in parts:
             part.unshard()
         changed: dict[str, torch.Tensor] = {}
+        spread_out = gather_spread(model)
         try:
             yield model
             if writeback:
                 changed = {name: value.detach().clone() for name, value in model.named_parameters()}
         finally:
+            for module, name, parameter in spread_out:
+                module._parameters[name] = parameter
             for part in parts:
                 part.reshard()
         if changed:
             states.copy_whole(model, changed)
+
+    def context_parallel(
+        self,
+        context: RunContext,
+        buffers: Sequence[torch.Tensor],
+        buffer_seq_dims: Sequence[int],
+        no_restore_buffers: Collection[torch.Tensor],
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which this process has its part of sequences, and attention sees all of them."""
+        mesh = self.device_mesh(context)
+        assert self.parallelism is not None
+        assert mesh is not None
+        return spread_sequences(self.parallelism, mesh, buffers, buffer_seq_dims, no_restore_buffers)
 
     # --- states ------------------------------------------------------------------------------------------
 

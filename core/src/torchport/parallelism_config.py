@@ -1,0 +1,5 @@
+"""Where documentation imports `ParallelismConfig` from."""
+
+from torchport.plugin.parallelism import ParallelismConfig
+
+__all__ = ["ParallelismConfig"]
