@@ -5,7 +5,6 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -95,13 +94,13 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, launch):
+def ran(tmp_path_factory, python, launch):
     """Run all short examples in one process, or in two, once."""
     done: dict[int, Ran] = {}
 
     def run(processes: int) -> Ran:
         if processes not in done:
-            command = [sys.executable] if processes == 1 else launch(processes)
+            command = python if processes == 1 else launch(processes)
             commands = SHORT_IN_ONE if processes == 1 else SHORT
             done[processes] = Ran(command, commands, tmp_path_factory.mktemp(f"examples{processes}"))
         return done[processes]
@@ -325,9 +324,9 @@ def test_tokens_weigh_as_in_one_big_batch_however_they_are_split(ran):
         assert max(abs(a - b) for a, b in zip(wrong, reference, strict=True)) > 2e-3
 
 
-def test_checkpointing_goes_on_after_a_kill_amid_an_epoch_as_if_there_had_been_none(launch, tmp_path):
+def test_checkpointing_goes_on_after_a_kill_amid_an_epoch_as_if_there_had_been_none(python, launch, tmp_path):
     script = [str(EXAMPLES / "checkpointing.py"), "--epochs", "3"]
-    whole = finish([sys.executable, *script, "--output-dir", "whole"], tmp_path)
+    whole = finish([*python, *script, "--output-dir", "whole"], tmp_path)
     interrupted = [*launch(2), *script, "--output-dir", "parts"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(interrupted, cwd=tmp_path, env=ENVIRON, start_new_session=True, **pipes)
@@ -338,7 +337,7 @@ def test_checkpointing_goes_on_after_a_kill_amid_an_epoch_as_if_there_had_been_n
             break
     os.killpg(process.pid, 9)
     process.communicate(timeout=30)
-    rest = finish([sys.executable, *interrupted[len(launch(2)) :]], tmp_path)  # one process now
+    rest = finish([*python, *interrupted[len(launch(2)) :]], tmp_path)  # one process now
     assert re.search(
         "resumed in epoch 2 after [12]0 batches", rest
     )  # 10 if checkpoint_4 was not yet on the disk
