@@ -6,12 +6,16 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requirements-dev.txt
 
+# What Python has compiled is kept, so that none of the many processes has to do it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo sim test test-trackers lint matrix bench docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core $(PLUGINS:%=-e %)
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # by all cores; some files are meant for other versions
 	@touch $@
 
 demo: $(READY)
@@ -34,7 +38,7 @@ sim: $(SIM)
 # Tests of time limits, and those that fork, run by themselves; then the others, two files at a time.
 test: lint $(SIM)
 	@$(BIN)/python -m pytest -m alone
-	@$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every tracker with its service's real package, offline, in an environment of its own: some are large.
 TRACKERS := .venv-trackers
