@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -263,3 +264,38 @@ def test_the_process_group_is_nccl_beside_gloo_and_connects_at_once(monkeypatch)
     NcclCollectives(next(iter(torchport_collectives()))).open(TWO, device, timedelta(minutes=1), store)
     place = {"rank": 1, "world_size": 2, "timeout": timedelta(minutes=1)}
     assert given == [(("cpu:gloo,cuda:nccl",), {"store": store, "device_id": device, **place})]
+
+
+# --- a whole run ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_prefetches_pinned_batches_on_one_stream_and_steps_in_bf16_without_waiting(cuda, nvml):
+    """The loop of a script on the stub; tensors for the device are put on the host."""
+    from torchport import Accelerator
+    from torchport.state import AcceleratorState
+
+    nvml(Card("GPU-1"), Card("GPU-2"))
+    with cuda.on_host():
+        accelerator = Accelerator(backend="cuda", precision="bf16")
+        try:
+            assert accelerator.device == torch.device("cuda", 0)
+            model = torch.nn.Linear(4, 1)
+            data = torch.utils.data.DataLoader(torch.arange(32.0).view(8, 4), batch_size=2)
+            model, optimizer, data = accelerator.prepare(
+                model, torch.optim.SGD(model.parameters(), lr=1e-3), data
+            )
+            cuda.calls.clear()
+            outputs = []
+            for batch in data:
+                outputs.append(model(batch))
+                accelerator.backward(outputs[-1].float().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            AcceleratorState._reset_state()
+    each = ["Tensor.pin_memory", "stream", "current_stream", "Stream.wait_stream", "Tensor.record_stream"]
+    asked_by_autocast = "is_bf16_supported"
+    counted = Counter(call.name for call in cuda.calls if call.name != asked_by_autocast)
+    assert counted == dict.fromkeys(each, 4)  # four batches; nothing waits for the device
+    assert len({id(stream) for (stream,) in cuda.arguments("Stream.wait_stream")}) == 1
+    assert [output.dtype for output in outputs] == [torch.float32] * 4
