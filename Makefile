@@ -9,7 +9,7 @@ MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requ
 # What Python has compiled is kept, so that none of the many processes has to do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo sim test test-trackers lint matrix bench docs clean
+.PHONY: demo sim test test-trackers lint matrix bench sizes docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
