@@ -99,6 +99,7 @@ def no_nvml(monkeypatch):
 def cuda(monkeypatch):
     """`torch.cuda` of a PyTorch that was built with CUDA, on a machine with two GPUs."""
     monkeypatch.setattr("torchport_cuda.probe.torch_build", lambda: BUILD)
+    monkeypatch.setattr("torchport_cuda.probe._has_driver", lambda: True)
     # The probe sets it; the test must leave it as it was.
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):

@@ -64,6 +64,12 @@ def test_without_nvml_pytorch_counts(cuda):
     assert not cuda.initialized
 
 
+@pytest.mark.usefixtures("no_nvml")
+def test_without_nvml_and_a_driver_pytorch_is_not_even_asked(cuda, monkeypatch):
+    monkeypatch.setattr("torchport_cuda.probe._has_driver", lambda: False)
+    assert "no NVIDIA GPU answers" in probe().reason
+
+
 def test_a_machine_without_a_driver_is_told_where_to_look(cuda, nvml):
     cuda.count = 0
     nvml(driver=False)

@@ -9,7 +9,7 @@ from torchport.plan.selection import Request, plan
 from torchport.plugin import BackendSpec, Topology
 
 VENDORS = {
-    "habana_frameworks", "intel_extension_for_pytorch", "pynvml", "sim_runtime", "torch_mlu", "torch_musa",
+    "habana_frameworks", "intel_extension_for_pytorch", "pynvml", "torch_mlu", "torch_musa",
     "torch_neuronx", "torch_npu", "torch_sdaa", "torch_tpu", "torch_xla",
 }  # fmt: skip
 
@@ -25,13 +25,14 @@ def in_words(error: TorchportError) -> dict[str, str]:
 installed = discover({})
 answer = {"loaded by discovery": loaded(), "failures": [str(failure) for failure in installed.failures]}
 specs = installed.specs("backend")
-probes = {spec.name: installed.probe(spec) for spec in specs}
+probes, importing = {}, {}
+for spec in specs:
+    before = set(loaded())
+    probes[spec.name] = installed.probe(spec)
+    importing[spec.name] = sorted(set(loaded()) - before)
 answer["probes"] = {name: [probe.available, probe.reason] for name, probe in probes.items()}
 absent = [name for name, probe in probes.items() if not probe.available]
-# What is there may import its package to count; what is absent must not.
-here = probes.keys() - set(absent)
-own = {"sim_runtime", "torch"} if "sim" in here else set()
-answer["loaded by probes"] = [name for name in loaded() if here <= {"cpu", "sim"} and name not in own]
+answer["loaded by probes"] = {name: importing[name] for name in absent if importing[name]}
 
 made = plan(Request(), {}, installed, Topology())
 answer["chosen"] = made.backend

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from pathlib import Path
 
 from torchport.plugin import Probe, torch_build
 
 from torchport_cuda.gpus import VISIBLE, visible_gpus
 
+_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")  # NVIDIA, in WSL, Jetson; AMD
 _HIDING = (VISIBLE, "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
@@ -20,7 +23,7 @@ def probe() -> Probe:
     # Lets a script ask torch.cuda.is_available() before it forks.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     gpus = visible_gpus() if build["cuda"] else None
-    count = _counted_by_torch() if gpus is None else len(gpus)
+    count = len(gpus) if gpus is not None else _counted_by_torch() if _has_driver() else 0
     if count:
         names = ", ".join(sorted({gpu.name for gpu in gpus or ()}))
         return Probe(available=True, count=count, details={"devices": names} if names else {})
@@ -51,6 +54,11 @@ def _not_built() -> str:
         f"PyTorch {build.get('__version__', '')} is built for neither CUDA nor ROCm: pip uninstall torch, then"
         " pip install torch (Linux: CUDA); Windows, ROCm: https://pytorch.org/get-started/locally"
     )
+
+
+def _has_driver() -> bool:
+    """Whether a driver may be there: where none is, torch, which takes seconds to import, need not be asked."""
+    return sys.platform != "linux" or any(Path(node).exists() for node in _NODES)
 
 
 def _counted_by_torch() -> int:
