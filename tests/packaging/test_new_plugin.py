@@ -3,36 +3,67 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import preforking
 import pytest
+
+from .conftest import Environment
 
 pytestmark = pytest.mark.packaging
 ROOT = Path(__file__).parents[2]
+KINDS = ("backend", "collectives", "precision", "strategy", "launcher", "tracker", "quantizer")
 
 
-@pytest.mark.parametrize(
-    "kind", ["backend", "collectives", "precision", "strategy", "launcher", "tracker", "quantizer"]
-)
-def test_a_new_plugin_of_every_kind_installs_is_listed_and_passes_its_own_tests(environment, tmp_path, kind):
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    environment.run("torchport", "new-plugin", "acme", "--kind", kind, cwd=folder)
-    assert [path.name for path in folder.iterdir()] == ["torchport-acme"]
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory, wheels):
+    """A new plugin of every kind, all installed into one environment; the folder of each has its tests' output."""
+    folder = tmp_path_factory.mktemp("plugins")
+    environment = Environment(folder / "venv")
+    environment.pip("install", "--no-deps", "--no-index", *map(str, wheels))
+    folders = {kind: folder / kind / f"torchport-acme-{kind}" for kind in KINDS}
+    for kind, made in folders.items():
+        made.parent.mkdir()
+        environment.run("torchport", "new-plugin", f"acme-{kind}", "--kind", kind, cwd=made.parent)
+        assert [path.name for path in made.parent.iterdir()] == [made.name]
+    editable = [argument for made in folders.values() for argument in ("-e", str(made))]
+    environment.pip("install", "--no-index", "--no-build-isolation", *editable)
+    held = preforking.hold(folder)
+    try:
+        python = str(preforking.start(folder, str(environment.python)) / "python")
+        for made in folders.values():
+            command = [python, "-m", "pytest", "-p", "no:cacheprovider"]
+            done = environment.run(*command, cwd=made, code=None, PREFORK_EXECUTABLE=python)
+            (made / "session.txt").write_text(done.stdout + done.stderr)
+    finally:
+        os.close(held)
+    return environment, folders
 
-    environment.pip("install", "--no-index", "--no-build-isolation", "-e", ".", cwd=folder / "torchport-acme")
 
+def test_new_plugins_of_all_kinds_are_listed_beside_each_other(plugins):
+    environment, _ = plugins
     listing = json.loads(environment.run("torchport", "plugins", "--json").stdout)
-    ours = [item for item in listing["plugins"] if item["distribution"] == "torchport-acme"]
-    assert [(item["kind"], item["name"], item["available"]) for item in ours] == [(kind, "acme", True)]
+    ours = {
+        (item["distribution"], item["kind"], item["name"], item["available"])
+        for item in listing["plugins"]
+        if item["distribution"].startswith("torchport-acme")
+    }
+    assert ours == {(f"torchport-acme-{kind}", kind, f"acme-{kind}", True) for kind in KINDS}
     assert listing["failures"] == []
     assert listing["clashes"] == []
-    tests = environment.run("python", "-m", "pytest", "-p", "no:cacheprovider", cwd=folder / "torchport-acme")
-    assert "passed" in tests.stdout
-    assert "failed" not in tests.stdout
-    assert "skipped" not in tests.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_plugin_passes_its_own_tests(plugins, kind):
+    _, folders = plugins
+    tests = (folders[kind] / "session.txt").read_text()
+    assert "passed" in tests
+    assert "failed" not in tests
+    assert "error" not in tests
+    assert "skipped" not in tests
 
 
 def test_a_new_backend_leaves_automatic_selection_as_it_was(environment, tmp_path):
@@ -66,9 +97,7 @@ def test_a_new_plugin_with_a_longer_name_is_consistent(tmp_path):
     assert not [path for path in folder.rglob("*") if path.is_file() and "{{" in path.read_text()]
 
 
-@pytest.mark.parametrize(
-    "kind", ["backend", "strategy", "tracker", "quantizer", "launcher", "precision", "collectives"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_new_plugin_is_formatted_and_passes_the_linter(tmp_path, kind):
     assert new_plugin(tmp_path, "acme", "--kind", kind).returncode == 0
     rules = ["--isolated", "--select", "E,F,W,UP,B,D,ANN", "--ignore", "D105,D107,ANN401"]

@@ -8,7 +8,8 @@ holds FOLDER/alive open for writing. `prefork_client.py` is what stands for the 
 Each program runs in a process and a session of its own, from its first line to the interpreter's exit: the working
 folder, the variables, the standard streams, `sys.argv` and `sys.path` are those of the client. What processes of the
 same server share is what an interpreter fixes when it starts, such as the seed of string hashes, and the modules that
-were imported before the fork.
+were imported before the fork. Programs that start `sys.executable` start new interpreters, unless the variable
+PREFORK_EXECUTABLE names another program.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ def become(request: dict) -> None:
         stream.reconfigure(line_buffering=number == 2 or os.isatty(number), write_through=unbuffered)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    sys.executable = os.environ.get("PREFORK_EXECUTABLE", sys.executable)
     if os.environ.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
     for option in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):

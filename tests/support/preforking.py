@@ -31,6 +31,11 @@ MODULES = (
 )  # fmt: skip
 """What the processes have imported: nothing of Torchport's."""
 
+VARIABLES = {
+    "OMP_NUM_THREADS": "1",  # a process with more threads cannot be forked
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # takes longer than the few kernels that jobs compile
+}
+
 _TORCHPORT = """#!{python}
 import sys
 from torchport.cli import main
@@ -48,8 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if FOLDER in os.environ:  # this process runs some of the tests of another
         return
     folder = Path(tempfile.mkdtemp(prefix="prefork-"))
-    os.mkfifo(folder / "alive")
-    config.stash[_HELD] = os.open(folder / "alive", os.O_RDWR)
+    config.stash[_HELD] = hold(folder)
     os.environ[FOLDER] = str(folder)
 
 
@@ -68,18 +72,29 @@ def prefork() -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not programs.exists():
-            _start(folder)
-            _write(folder, programs)
+            start(folder, sys.executable)
     return programs
 
 
-def _start(folder: Path) -> None:
+def hold(folder: Path) -> int:
+    """Return an open file: the servers of a folder end when it is closed."""
+    os.mkfifo(folder / "alive")
+    return os.open(folder / "alive", os.O_RDWR)
+
+
+def start(folder: Path, python: str) -> Path:
+    """Start the servers of an interpreter, and return the folder of their programs."""
+    _start_servers(folder, python)
+    return _write_programs(folder, python)
+
+
+def _start_servers(folder: Path, python: str) -> None:
     """Start a server for the even ranks and one for the odd ones: their strings hash differently, as in any job."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     starting = [
         subprocess.Popen(
-            [sys.executable, HERE / "prefork_server.py", folder / name, *MODULES],
-            env={**environ, "OMP_NUM_THREADS": "1"},
+            [python, HERE / "prefork_server.py", folder / name, *MODULES],
+            env={**environ, **VARIABLES},
             cwd="/",
             start_new_session=True,
         )
@@ -88,15 +103,14 @@ def _start(folder: Path) -> None:
     assert [server.wait(timeout=120) for server in starting] == [0, 0]
 
 
-def _write(folder: Path, programs: Path) -> None:
+def _write_programs(folder: Path, python: str) -> Path:
+    programs = folder / "bin"
     fixed = prefork_client.fixed_at_start(os.environ)
     client = str(programs / "python")
     texts = {
-        prefork_client.SETTINGS: json.dumps(
-            {"folder": str(folder), "python": sys.executable, "fixed": fixed}
-        ),
-        "python": f"#!{sys.executable} -ISE\n{(HERE / 'prefork_client.py').read_text()}",
-        "torchport": _TORCHPORT.format(python=sys.executable, client=client),
+        prefork_client.SETTINGS: json.dumps({"folder": str(folder), "python": python, "fixed": fixed}),
+        "python": f"#!{python} -ISE\n{(HERE / 'prefork_client.py').read_text()}",
+        "torchport": _TORCHPORT.format(python=python, client=client),
         "torchrun": _TORCHRUN.format(client=client),
     }
     made = folder / "making"
@@ -104,4 +118,4 @@ def _write(folder: Path, programs: Path) -> None:
     for name, text in texts.items():
         (made / name).write_text(text)
         (made / name).chmod(0o755)
-    made.rename(programs)
+    return made.rename(programs)

@@ -171,6 +171,7 @@ def test_gradients_and_weights_are_those_of_the_model_that_is_not_compiled():
 
 def test_inductor_compiles_under_bf16(monkeypatch):
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # in this process, without a pool
+    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)  # for a single kernel
     model = Network()
     plain = Accelerator(mixed_precision="bf16").prepare(Network())(inputs())
     AcceleratorState._reset_state()
