@@ -125,6 +125,11 @@ def everything() -> Installed:
     return _discovered(tuple(sys.path))
 
 
+def forget() -> None:
+    """Discover anew when asked again: stubs have come or gone."""
+    _discovered.cache_clear()
+
+
 @functools.lru_cache(maxsize=1)
 def _discovered(path: tuple[str, ...]) -> Installed:
     return discover({})

@@ -16,7 +16,7 @@ from typing import Any
 from torchport.errors import TorchportError
 from torchport.plan.registry import CORE
 from torchport.plugin.requirements import name_of
-from torchport.testing.checks import HERE, PHASES, SEVERAL, Check, Place, Subject, catalogue, everything
+from torchport.testing.checks import HERE, ONE, PHASES, SEVERAL, Check, Place, Subject, catalogue, everything
 from torchport.testing.jobs import Ended, job_environment, launch_command, run_job
 from torchport.testing.scorecard import FAIL, NOT_CLAIMED, PASS, Result, Scorecard
 from torchport.testing.worker import in_words, outcome_of
@@ -79,11 +79,14 @@ class Task:
         return made
 
 
-def run_tasks(tasks: Sequence[Task], *, tell: Callable[[str], None] = lambda text: None) -> None:
+def run_tasks(
+    tasks: Sequence[Task], *, jobs: bool = True, tell: Callable[[str], None] = lambda text: None
+) -> None:
     """Do all parts of the checks of some tasks; tasks of one call share jobs, so launcher and processes must agree.
 
     Args:
         tasks: What to do; their `parts` are filled.
+        jobs: Whether to start processes. If not, checks of one process run in this one, and others are not claimed.
         tell: Called with one sentence for each job.
     """
     with tempfile.TemporaryDirectory(prefix="torchport-conformance-") as name:
@@ -93,8 +96,20 @@ def run_tasks(tasks: Sequence[Task], *, tell: Callable[[str], None] = lambda tex
             shared.mkdir()
             _ask(task)
             _do_here(task, Place(HERE, shared, suite=task.suite))
-        for phase in PHASES:
+            if not jobs:
+                _do_here(task, Place(ONE, shared, forks=False, suite=task.suite))
+                _leave_jobs(task)
+        for phase in PHASES if jobs else ():
             _do_phase(tasks, phase, folder, tell)
+
+
+def _leave_jobs(task: Task) -> None:
+    """Note that what takes several processes, or a process that is killed, was not run."""
+    for check in task.checks:
+        if not check.parts.keys() <= {HERE, ONE}:
+            task.note(
+                check.id, HERE, NOT_CLAIMED, "a stub stands for the vendor's modules in one process only"
+            )
 
 
 def _ask(task: Task) -> None:
@@ -110,17 +125,21 @@ def _ask(task: Task) -> None:
 
 
 def _do_here(task: Task, place: Place) -> None:
-    for bench in dict.fromkeys(check.bench for check in task.checks if HERE in check.parts):
-        group = [check for check in task.checks if check.bench is bench and HERE in check.parts]
+    wanted = set(task.open(place.phase))
+    for bench in dict.fromkeys(check.bench for check in task.checks if check.id in wanted):
+        group = [check for check in task.checks if check.bench is bench and check.id in wanted]
         with contextlib.ExitStack() as stack:
             try:
                 opened = stack.enter_context(bench(task.subject, place))
             except Exception as error:
                 for check in group:
-                    task.note(check.id, HERE, FAIL, in_words(error))
+                    task.note(check.id, place.phase, FAIL, in_words(error))
                 continue
             for check in group:
-                task.note(check.id, HERE, *outcome_of(check.parts[HERE], opened))
+                outcome, reason = outcome_of(check.parts[place.phase], opened)
+                task.note(check.id, place.phase, outcome, reason)
+                if hasattr(opened, "after_check"):
+                    opened.after_check(outcome == FAIL)
 
 
 def _do_phase(tasks: Sequence[Task], phase: str, folder: Path, tell: Callable[[str], None]) -> None:
@@ -164,9 +183,7 @@ def _launch(subject: Subject, processes: int, job: Path, diaries: Sequence[Path]
     def written() -> tuple[int, ...]:
         return tuple(path.stat().st_size if path.exists() else 0 for path in diaries)
 
-    environ = job_environment({**subject.environ, "TORCHPORT_BACKEND": subject.backend or ""})
-    if not environ["TORCHPORT_BACKEND"]:
-        del environ["TORCHPORT_BACKEND"]
+    environ = job_environment(subject.environ)
     options = ["--quiet"] if processes > 1 else []
     command = launch_command(processes, *options, launcher=subject.launcher if processes > 1 else "")
     command += ["--module", "torchport.testing.worker", str(job)]
