@@ -12,7 +12,6 @@ from torchport.checkpoint import atomic
 from torchport.checkpoint.agreement import Agreement
 from torchport.checkpoint.weights import load_model_state
 from torchport.errors import CheckpointError
-from torchport.plugin import shards
 from torchport.plugin.specs import Topology
 from torchport.plugin.strategy import Strategy
 
@@ -69,6 +68,8 @@ def load(
     if strategy.shards == written:
         strategy.load_shards(models, optimizers, folder)
         return
+    from torchport.plugin import shards  # imports much of torch.distributed, which few runs need
+
     if written != shards.FORMAT:
         raise CheckpointError(
             f"{folder} was saved in parts, in the format {written!r}",

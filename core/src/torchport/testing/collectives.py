@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,9 @@ class Impatient(Group):
     """A process group that is not used again after a check."""
 
     def after_check(self, failed: bool) -> None:
-        """Do not meet the other ranks: they may wait in vain."""
+        """Where the check failed, end this process, and with it the job: the others may wait in vain."""
+        if failed:
+            os._exit(1)
 
 
 @contextmanager

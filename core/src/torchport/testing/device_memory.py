@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 
 import torch
 
@@ -21,7 +20,6 @@ CHECKS = Checks("L1", device_bench)
 def _with_memory(bench: Device) -> None:
     if not bench.capabilities.memory_stats:
         raise NotClaimed("capabilities() does not declare memory_stats")
-    gc.collect()
     bench.backend.empty_cache()
 
 
@@ -57,7 +55,6 @@ def memory_falls(bench: Device) -> None:
     tensor = _allocate(bench)
     held = bench.backend.memory_allocated(bench.device)
     del tensor
-    gc.collect()
     bench.backend.empty_cache()
     bench.backend.synchronize(bench.device)
     fall = held - bench.backend.memory_allocated(bench.device)
@@ -82,7 +79,6 @@ def peak_resets(bench: Device) -> None:
     _with_memory(bench)
     tensor = _allocate(bench)
     del tensor
-    gc.collect()
     bench.backend.empty_cache()
     bench.backend.reset_peak_memory(bench.device)
     above = bench.backend.max_memory_allocated(bench.device) - bench.backend.memory_allocated(bench.device)
