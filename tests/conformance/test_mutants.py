@@ -62,7 +62,7 @@ def task(kind: str, name: str, wanted: set[str]) -> Task:
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    """Outcome and reason of every check that was run, by kind, class and check: all of them share a few jobs."""
+    """Results of every check that was run, by kind, class and check: all of them share a few jobs."""
     site = tmp_path_factory.mktemp("site")
     for name, (module, requires) in DISTRIBUTIONS.items():
         info = site / f"{name.replace('-', '_')}-1.0.dist-info"

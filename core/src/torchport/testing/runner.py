@@ -206,7 +206,6 @@ def _read(tasks: Sequence[Task], phase: str, diaries: Sequence[Path], ended: End
             else:
                 done.setdefault(key, {})[rank] = (event["outcome"], event["reason"])
     told = ended.in_words(max(limit, _START))
-    broken = False
     for key in begun:
         ranks = done.get(key, {})
         outcome, reason = _of_all(ranks, len(diaries))
@@ -215,9 +214,8 @@ def _read(tasks: Sequence[Task], phase: str, diaries: Sequence[Path], ended: End
                 outcome, reason = (PASS, "") if outcome != FAIL else (outcome, reason)
             elif outcome != FAIL:
                 outcome, reason = FAIL, told
-            broken = True
         tasks[key[0]].note(key[1], phase, outcome, reason)
-    if not begun or not (broken or ended.returncode == 0):
+    if not begun:
         for task in tasks:
             for check in task.open(phase):
                 task.note(check, phase, FAIL, told)
