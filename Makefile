@@ -9,7 +9,7 @@ MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requ
 # What Python has compiled is kept, so that none of the many processes has to do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo sim test test-trackers lint matrix bench sizes docs clean
+.PHONY: demo sim test test-core test-examples test-trackers lint matrix bench sizes docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,21 @@ $(TRACKERS)/.ready: $(READY) requirements-trackers.txt
 test-trackers: $(TRACKERS)/.ready
 	@TRACKERS_OF_ALL_SERVICES=1 $(TRACKERS)/bin/python -m pytest plugins/trackers/tests --timeout 600
 
+# The example with a real checkpoint, which is in a package of its own: 90 MB, and Transformers.
+EXAMPLES := .venv-examples
+$(EXAMPLES)/.ready: $(READY) requirements-examples.txt
+	$(PYTHON) -m venv $(EXAMPLES)
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > $$($(EXAMPLES)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
+	$(EXAMPLES)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-examples.txt
+	@touch $@
+
+test-examples: $(EXAMPLES)/.ready
+	@EXAMPLES_WITH_CHECKPOINTS=1 $(EXAMPLES)/bin/python -m pytest tests/training/test_checkpoint_example.py --timeout 1200
+
+# The core's tests where no plugin but the one for processors is installed.
+test-core: $(READY)
+	@$(BIN)/python tests/packaging/core_alone.py tests/unit tests/training tests/integration -m "not plugins"
+
 # Every strategy with every precision, accumulation and number of processes, as a table; writes docs/matrix.md.
 matrix: $(READY)
 	@$(BIN)/python tests/matrix/run.py
@@ -67,5 +82,5 @@ docs: $(READY)
 	@$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(TRACKERS) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRACKERS) $(EXAMPLES) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

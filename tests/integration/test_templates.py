@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.plugins]
 FILES = Path(__file__).parents[1] / "fixtures" / "accelerate"
 TEMPLATES = FILES / "config_yaml_templates"
 STAGES = {path.stem: path for path in sorted((FILES / "deepspeed_config_templates").glob("*.json"))}

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from checkpoints import CELLS, WHOLE
 from run import launch
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.plugins]
 WORKER = Path(__file__).with_name("checkpoints.py")
 SUM = 1e-6
 """Strategies add the same gradients up in another order, and clip by norms that differ by 1e-6."""

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cells import TOLERANCE, WINDOWS, Cell, cells, judge
 from run import WORKER, run
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.plugins]
 TWO = cells(2)
 FOUR = [Cell("fsdp2 hybrid", precision, 3, 4) for precision in ("no", "bf16", "fp16")]
 

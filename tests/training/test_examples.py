@@ -138,7 +138,7 @@ def test_every_example_runs_in_processes_that_ran_others_before(ran, processes):
         "digits.py",
         "checkpointing.py",
         "arguments.py",
-        "deepspeed_finetune.py",  # needs the Transformers library and takes minutes
+        "deepspeed_finetune.py",  # test_checkpoint_example.py
     }
     assert listed == {path.name for path in EXAMPLES.glob("*.py")}
     statuses = {label: ran(processes).status_and_output(label)[0] for label in SHORT}

@@ -10,6 +10,7 @@ from torchport.cli import cli
 from torchport.config import schema
 from torchport.plan.registry import load_reference
 
+pytestmark = pytest.mark.plugins
 FILE = Path(__file__).parents[1] / "fixtures" / "accelerate" / "documented_flags.yaml"
 HEADINGS = yaml.safe_load(FILE.read_text())
 
