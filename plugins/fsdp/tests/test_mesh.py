@@ -105,6 +105,11 @@ def test_the_mesh_has_a_dimension_of_each_name_and_each_process_its_place(four):
         assert rank["features"]["buffers"]["names"] == ["dp_shard", "cp"]
 
 
+def test_data_parallelism_by_replicas_has_a_mesh_too(four):
+    for index, rank in enumerate(four):
+        assert rank["features"]["ddp"] == {"names": ["dp_replicate"], "size": 4, "rank": index, "readers": 1}
+
+
 def test_buffers_are_parts_inside_and_whole_again_afterwards_unless_said_otherwise(four):
     buffers = [rank["features"]["buffers"] for rank in four]
     assert buffers[0]["positions"] == [0, 1, 2, 3, 12, 13, 14, 15]  # a piece of each end: equally much to do

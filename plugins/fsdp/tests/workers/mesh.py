@@ -172,6 +172,11 @@ def features() -> dict:
         "ranks": [accelerator.data_parallel_rank, accelerator.data_parallel_shard_rank,
                   accelerator.tensor_parallel_rank, accelerator.context_parallel_rank],
     }  # fmt: skip
+    accelerator, *_ = prepared(Mesh(dp_replicate_size=4), strategy="ddp")
+    results["ddp"] = {
+        "names": list(accelerator.torch_device_mesh.mesh_dim_names), "size": accelerator.torch_device_mesh.size(),
+        "rank": accelerator.data_parallel_replicate_rank, "readers": accelerator.batch_readers,
+    }  # fmt: skip
     accelerator, model, _, loader = prepared(Mesh(**MESHES["shard 2 x cp 2"]))
     tokens, targets, places = next(iter(loader))
     before = tokens.clone()
