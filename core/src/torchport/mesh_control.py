@@ -99,7 +99,7 @@ class MeshControl:
         """Return a context in which this process has its part of sequences, and attention sees all of them.
 
         Where the plan does not spread sequences (`cp_size` and `sp_size` are 1), it does nothing. Make it anew for
-        each step, with forward and backward inside.
+        each step, around the forward at least.
 
         Args:
             buffers: Tensors with a dimension along sequences: inputs, labels, positions. Inside, each holds this

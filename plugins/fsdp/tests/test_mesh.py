@@ -34,6 +34,13 @@ def test_attention_of_every_kind_sees_whole_sequences(four, case):
         assert found == pytest.approx(plain, abs=EXACT)
 
 
+@pytest.mark.parametrize("mesh", ["shard 2 x cp 2", "shard 2 x sp 2"])
+def test_activations_computed_anew_after_the_block_see_whole_sequences_too(four, mesh):
+    for rank in four:
+        plain, found = rank["variants"][f"backward outside, {mesh}"]
+        assert found == pytest.approx(plain, abs=EXACT)
+
+
 @pytest.mark.parametrize("mesh", ["shard 2 x tp 2", "shard 2 x cp 2"])
 def test_half_precision_over_a_mesh_stays_near_one_process_under_autocast(four, mesh):
     for rank in four:

@@ -28,6 +28,8 @@ class SpreadAttention:
 
     Attributes:
         calls: How often it was called.
+        repeated: Whether it may be called again in a backward, since what it computed has not been kept.
+        plain: PyTorch's own attention.
 
     Args:
         group: The processes.
@@ -39,7 +41,8 @@ class SpreadAttention:
         self.group, self.balanced = group, balanced
         self.size, self.rank = group.size(), group.rank()
         self.calls = 0
-        self.plain: Any = F.scaled_dot_product_attention
+        self.repeated = False
+        self.plain: Any = getattr(F.scaled_dot_product_attention, "plain", F.scaled_dot_product_attention)
 
     def __call__(
         self,
@@ -54,6 +57,7 @@ class SpreadAttention:
     ) -> torch.Tensor:
         """Take the place of `scaled_dot_product_attention`, with its arguments."""
         self.calls += 1
+        self.repeated |= _not_kept()
         if not enable_gqa and query.size(-3) != key.size(-3):
             raise OperationError(
                 f"attention of {query.size(-3)} heads over {key.size(-3)} key heads", hint="enable_gqa=True"
@@ -90,6 +94,29 @@ class SpreadAttention:
         """Return this process's part of a tensor, in memory of its own."""
         cut = buffer.chunk(self.size * len(self.pieces(0)), dim)
         return torch.cat([cut[index] for index in self.pieces(self.rank)], dim).contiguous()
+
+
+def _not_kept() -> bool:
+    """Whether intermediate results are not kept for a backward, as under activation checkpointing."""
+    return (
+        not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
+class RepeatedAttention:
+    """PyTorch's own attention, but that of a block in a backward which computes anew what the block computed.
+
+    It stays after a block in which activations were not kept, since the backward may run outside.
+    """
+
+    def __init__(self, attention: SpreadAttention) -> None:
+        self.attention, self.plain = attention, attention.plain
+        self.__name__ = attention.plain.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attend as in the block if a backward is running, and as PyTorch does if not."""
+        backward = torch._C._current_graph_task_id() != -1
+        return _result((self.attention if backward else self.plain)(*args, **kwargs))
 
 
 class GatheredAttention(SpreadAttention):
@@ -282,6 +309,10 @@ def spread_sequences(
     finally:
         for buffer, whole in wholes:
             buffer.data = whole
+            torch.autograd.graph.increment_version(buffer)  # a later backward that needs the part is an error
+        F.scaled_dot_product_attention = (
+            RepeatedAttention(attention) if attention.repeated else attention.plain
+        )
     if not attention.calls:
         raise OperationError(
             "the model ran where sequences are spread over processes, and each attended to its own part only",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from mesh_model import (
     BATCH,
     PLAN,
@@ -70,11 +71,46 @@ def variants() -> dict:
         if "plan" in more:
             sizes = sizes | {"tp_handler": TorchTensorParallelConfig(plan=more.pop("plan"))}
         results[name] = [plain(**shown, steps=2)["losses"], run(Mesh(**sizes), steps=2, **more)["losses"]]
+    for mesh in ("shard 2 x cp 2", "shard 2 x sp 2"):
+        results[f"backward outside, {mesh}"] = [
+            plain(steps=2)["losses"],
+            backward_outside(Mesh(**MESHES[mesh])),
+        ]
     half = {"dtype": torch.bfloat16, "steps": 2}
     for mesh in ("shard 2 x tp 2", "shard 2 x cp 2"):
         got = run(Mesh(**MESHES[mesh]), precision="bf16", steps=2)
         results[f"bf16, {mesh}"] = [plain(**half)["losses"], got["losses"]]
     return results
+
+
+class Checkpointed(torch.nn.Module):
+    """A block whose activations the script itself has computed anew."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+
+
+def backward_outside(mesh: Mesh) -> list[float]:
+    """Activations are computed anew after the block in which they were computed first."""
+    model, losses = Transformer(), []
+    model.blocks[0] = Checkpointed(model.blocks[0])
+    accelerator, model, optimizer, loader = prepared(mesh, model=model, steps=2)
+    for batch in loader:
+        with accelerator.maybe_context_parallel(
+            buffers=batch, buffer_seq_dims=[1] * 3, no_restore_buffers=set(batch)
+        ):
+            loss = loss_of(model, *batch)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    heads = torch.ones(1, 4, 4, 4)
+    assert F.scaled_dot_product_attention(heads, heads, heads).shape == heads.shape
+    return losses
 
 
 def by_token() -> dict:
