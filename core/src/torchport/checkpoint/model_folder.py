@@ -15,7 +15,13 @@ import torch
 from torchport.checkpoint.agreement import Agreement
 from torchport.checkpoint.atomic import flush, leads_outside
 from torchport.checkpoint.plain import plain, reason_of
-from torchport.checkpoint.weights import check_tensors, load_weights, save_weights, weight_names
+from torchport.checkpoint.weights import (
+    check_tensors,
+    load_weights,
+    save_weights,
+    storage_address,
+    weight_names,
+)
 from torchport.errors import CheckpointError, ConfigurationError, UnsupportedOperationError
 from torchport.runtime import current_topology
 
@@ -116,7 +122,7 @@ def _shards(state: Mapping[str, Any], limit: int) -> Iterator[dict[str, Any]]:
     groups: dict[Any, dict[str, Any]] = {}
     for name, value in state.items():
         shared = isinstance(value, torch.Tensor) and value.numel() > 0
-        place = (value.device, value.untyped_storage().data_ptr()) if shared else ()
+        place = (value.device, storage_address(value)) if shared else ()
         groups.setdefault(place if place and place[1] else name, {})[name] = value
     shard: dict[str, Any] = {}
     size = 0

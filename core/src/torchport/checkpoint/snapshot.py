@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torchport.checkpoint.weights import storage_address
 from torchport.plugin.backend import Backend
 
 _ALIGNMENT = 64  # bytes
@@ -163,11 +164,10 @@ def _storage_key(value: torch.Tensor) -> tuple[Any, ...] | None:
     ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
     if not ordinary or value.is_quantized or value.is_conj() or value.is_neg() or value.is_meta:
         return None
-    storage = value.untyped_storage()
-    address = storage.data_ptr()
-    if address == 0 and storage.nbytes():  # a device whose runtime hides where memory is
+    address, size = storage_address(value), value.untyped_storage().nbytes()
+    if address == 0 and size:  # a device whose runtime hides where memory is
         return None
-    return value.device, address, storage.nbytes()
+    return value.device, address, size
 
 
 def _copy(places: Sequence[_Place]) -> None:

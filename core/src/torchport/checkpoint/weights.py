@@ -58,11 +58,20 @@ def check_tensors(state: dict[str, Any]) -> None:
         )
 
 
+def storage_address(tensor: torch.Tensor) -> int:
+    """Return where the memory of a tensor begins; 0 where it has none, or its runtime does not tell."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
 def save_weights(state: dict[str, Any], path: Path) -> None:
     """Write a state dict to a safetensors file.
 
     Args:
-        state: Tensors by name. Names of one and the same tensor are written once and listed in the header.
+        state: Tensors by name. Names of one and the same tensor are written once and listed in the header, unless
+            the device's runtime hides where their memory is.
         path: The file.
 
     Raises:
@@ -74,12 +83,15 @@ def save_weights(state: dict[str, Any], path: Path) -> None:
     owners: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in state.items():
+        storage = storage_address(tensor)
+        if storage == 0:
+            kept[name] = tensor.cpu().contiguous()
+            continue
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in owners:
             shared[name] = owners[place]
             continue
         owners[place] = name
-        storage = tensor.untyped_storage().data_ptr()
         kept[name] = tensor.contiguous() if storage not in storages else tensor.clone().contiguous()
         storages.add(storage)
     save_file(kept, path, metadata={"format": "pt", _SHARED: json.dumps(shared)})
