@@ -211,6 +211,8 @@ def _slots(slots: typing.Mapping[str, str], form: str) -> str:
 
 def _inert(inert: aliases.Inert) -> str:
     accepted = ", ".join(code(value) for value in inert.accepted if value) or "an empty value"
+    if not inert.instead:
+        return f"nothing with {accepted}; anything else needs the plugin that reads it"
     return f"nothing with {accepted}; anything else is an error: {inert.instead}"
 
 

@@ -21,7 +21,7 @@ class Inert:
 
     Attributes:
         accepted: The values that ask for nothing, lower-case.
-        instead: What to use for the rest.
+        instead: What to use for the rest; empty if a plugin reads them.
     """
 
     accepted: tuple[str, ...]
@@ -105,7 +105,7 @@ COMPUTE_ENVIRONMENTS: Mapping[str, Mapping[str, str]] = {
 """Values of the key `compute_environment`: the slots they fill."""
 
 INERT_KEYS: Mapping[str, Inert] = {
-    "downcast_bf16": Inert(("no", "false"), "precision: bf16"),
+    "downcast_bf16": Inert(("no", "false"), ""),
     "main_training_function": Inert(("main",), "the script is run as a whole"),
     "tpu_use_cluster": Inert(
         ("false", "no"), "start the script on each machine of the pod with --machine-rank"
@@ -275,6 +275,7 @@ PLUGIN_NAMES: Mapping[str, str] = {
     "filter_linear_layers": "fp8",
     "has_ao_layers": "fp8",
     "has_transformer_engine_layers": "fp8",
+    "install_xla": "tpu",
     "AbstractTrainStep": "megatron",
     "BertTrainStep": "megatron",
     "GPTTrainStep": "megatron",

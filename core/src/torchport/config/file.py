@@ -93,7 +93,8 @@ def _read_key(layer: Layer, known: Mapping[str, str], key: str, value: Any, wher
     elif key == "compute_environment":
         layer.fill(_label(aliases.COMPUTE_ENVIRONMENTS, value, where), where)
     elif key in aliases.INERT_KEYS:
-        check_inert(aliases.INERT_KEYS[key], value, where)
+        if not check_inert(aliases.INERT_KEYS[key], value, where):
+            layer.sections[key] = value
     elif key in aliases.YAML_VARIABLES:
         layer.variables[aliases.YAML_VARIABLES[key]] = str(value)
     elif key in aliases.LAUNCHER_SECTIONS and isinstance(value, dict):

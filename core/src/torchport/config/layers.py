@@ -126,12 +126,15 @@ def resolve(flags: Layer, environ: Mapping[str, str]) -> Resolved:
     )
 
 
-def check_inert(inert: aliases.Inert, value: Any, where: str) -> None:
-    """Accept a documented key or flag that asks for nothing.
+def check_inert(inert: aliases.Inert, value: Any, where: str) -> bool:
+    """Say whether a documented key or flag asks for nothing; if not, a plugin has to read it.
 
     Raises:
-        ConfigurationError: if it asks for something: nothing that was asked for is ignored.
+        ConfigurationError: if it asks for something that no plugin reads: nothing that was asked for is ignored.
     """
     text = "" if value in (None, [], {}) else str(value).strip().lower()
-    if text and text not in inert.accepted:
+    if not text or text in inert.accepted:
+        return True
+    if inert.instead:
         raise ConfigurationError(f"{where}: {value!r} is not supported", hint=inert.instead)
+    return False
