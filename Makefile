@@ -9,7 +9,7 @@ MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requ
 # What Python has compiled is kept, so that none of the many processes has to do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo sim test test-core test-examples test-trackers lint matrix bench sizes docs clean
+.PHONY: demo sim test test-core test-examples test-trackers test-xla lint matrix bench sizes docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,26 @@ test-examples: $(EXAMPLES)/.ready
 test-core: $(READY)
 	@$(BIN)/python tests/packaging/core_alone.py tests/unit tests/training tests/integration -m "not plugins"
 
+# torch_xla on PJRT's CPU, with the PyTorch that it goes with; and what torch_tpu says on a machine without a TPU.
+XLA := .venv-xla
+TPU := .venv-tpu
+$(XLA)/.ready: requirements-xla.txt core/pyproject.toml plugins/cpu/pyproject.toml plugins/tpu/pyproject.toml
+	$(PYTHON) -m venv $(XLA)
+	$(XLA)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-xla.txt
+	$(XLA)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core -e plugins/cpu -e plugins/tpu
+	@touch $@
+
+$(TPU)/.ready: $(READY) requirements-tpu.txt
+	$(PYTHON) -m venv $(TPU)
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > $$($(TPU)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/development.pth
+	$(TPU)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
+	@touch $@
+
+test-xla: $(XLA)/.ready $(TPU)/.ready
+	@$(XLA)/bin/python -m pytest plugins/tpu/tests/on_torch_xla --timeout 600
+	@TORCHPORT_BACKEND=cpu $(XLA)/bin/python -m pytest tests/training/test_one_process.py --timeout 600
+	@$(TPU)/bin/python -m pytest plugins/tpu/tests/on_torch_tpu --timeout 600
+
 # Every strategy with every precision, accumulation and number of processes, as a table; writes docs/matrix.md.
 matrix: $(READY)
 	@$(BIN)/python tests/matrix/run.py
@@ -82,5 +102,5 @@ docs: $(READY)
 	@$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) $(TRACKERS) $(EXAMPLES) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRACKERS) $(EXAMPLES) $(XLA) $(TPU) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

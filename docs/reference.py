@@ -101,7 +101,8 @@ def plugins_settings() -> str:
     for found in own_settings():
         parts += [
             f"### {found.spec.kind} `{found.spec.name}`" if found.spec else f"### `{found.part}`",
-            f"Class `{found.config.__name__}`, YAML section `{found.section}`.",
+            f"Class `{found.config.__name__}`, "
+            + (f"YAML section `{found.section}`." if found.section else "keys at the top of the YAML file."),
             _settings(schema.settings_of(found.config)),
         ]
     return "\n\n".join(parts)

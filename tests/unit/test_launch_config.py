@@ -191,7 +191,6 @@ def test_documented_variables_that_disagree_are_refused():
         ("distributed_type: MULTI_CUP", "did you mean 'MULTI_CPU'?"),
         ("distributed_type: MULTI_GPU\nuse_cpu: true", "c.yaml: distributed_type says backend=cuda, and c.yaml: use_cpu says backend=cpu"),
         ("mixed_precision: bf16\nprecision: fp16", "leave out one of them"),
-        ("downcast_bf16: 'yes'", "c.yaml: downcast_bf16: 'yes' is not supported"),
         ("tpu_use_cluster: true", "c.yaml: tpu_use_cluster: True is not supported"),
         ("- a\n- b", "must hold keys and values\n  found:  a list"),
         ("a: [", "is not YAML"),

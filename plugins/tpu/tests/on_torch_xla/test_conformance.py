@@ -1,0 +1,24 @@
+"""The conformance kit on the real torch_xla, whose device is PJRT's CPU."""
+
+from types import MappingProxyType
+
+from torchport.testing import BackendConformance, StrategyConformance
+
+RUNTIME = "vendor runtime without device"
+
+
+class TestXla(BackendConformance):
+    backend = "xla"
+    environ = MappingProxyType({"PJRT_DEVICE": "CPU"})
+    verified_on = RUNTIME
+    timeout = 240.0
+
+
+class TestSpmd(StrategyConformance):
+    strategy = "spmd"
+    backend = "xla"
+    processes = 1
+    precisions = ("no",)
+    environ = MappingProxyType({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"})
+    verified_on = RUNTIME
+    timeout = 240.0
