@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from torchport.plugin import BackendSpec, CollectivesSpec, Probe, hookimpl
@@ -38,11 +39,14 @@ def torchport_collectives() -> Iterable[CollectivesSpec]:
 
 
 def probe() -> Probe:
-    """Say how many devices there are, or why there is none."""
+    """Say how many devices there are, or why there is none; importing the runtime only where some are asked for."""
+    if not os.environ.get("SIM_DEVICE_COUNT"):
+        reason = "SIM_DEVICE_COUNT is not set: export SIM_DEVICE_COUNT=4 simulates four devices"
+        return Probe(available=False, reason=reason)
     import sim_runtime
 
     try:
-        visible = sim_runtime.visible_devices()  # from the environment: torch is imported for devices only
+        visible = sim_runtime.visible_devices()
         sim_runtime.load()
     except sim_runtime.DeviceError as error:
         return Probe(available=False, reason=str(error))
