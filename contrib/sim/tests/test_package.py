@@ -73,6 +73,19 @@ def test_where_no_devices_are_asked_for_its_probe_imports_neither_torch_nor_the_
     assert ask(code) == "False set()\n"
 
 
+def test_its_probe_loads_the_devices_and_so_does_importing_pytorch():
+    code = (
+        "import sys, torchport_sim; probe = torchport_sim.probe(); import torch\n"
+        "print(probe.available, probe.count, torch.ones(1, device='sim:1').device, torch.accelerator.device_count())\n"
+        "print(dict(probe.details), torch.sim.get_device_name(1), torch.sim.mem_get_info(1)[1])"
+    )
+    variables = {"SIM_DEVICE_COUNT": "4", "SIM_VISIBLE_DEVICES": "1,3", "SIM_MEMORY_LIMIT": "1.5MiB"}
+    assert ask(code, **variables).splitlines() == [
+        "True 2 sim:1 2",
+        "{'memory of each': '1572864 bytes'} Simulated device 3 1572864",
+    ]
+
+
 def test_the_plugin_is_small():
     lines = sum(len(path.read_text().splitlines()) for path in SOURCE.glob("src/torchport_sim/*.py"))
     assert lines <= 250

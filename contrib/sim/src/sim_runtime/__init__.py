@@ -82,9 +82,13 @@ def load() -> Any:
         DeviceError: if there are no devices, the extension is not built or was built for another PyTorch, or another
             device type has taken the one place that PyTorch has for those from outside of it.
     """
+    if _extension is None:
+        _load()
+    return _extension
+
+
+def _load() -> None:
     global _extension
-    if _extension is not None:
-        return _extension
     visible, limit = visible_devices(), memory_limit()
     if not built():
         raise DeviceError(
@@ -94,6 +98,8 @@ def load() -> Any:
     import torch
     from torch.utils import backend_registration
 
+    if _extension is not None:  # importing torch has loaded it: `autoload`
+        return
     taken = torch._C._get_privateuse1_backend_name()
     if taken not in ("privateuseone", "sim"):
         raise DeviceError(
@@ -112,7 +118,6 @@ def load() -> Any:
     backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
     distributed.register()
     _extension = _C
-    return _C
 
 
 def autoload() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sim_runtime
 import torch
-from torchport.plugin import Backend, Capabilities
-
-sim_runtime.load()  # registers the device type with PyTorch, as `import torch_acme` does for another vendor
+from torchport.plugin import Backend, BackendSpec, Capabilities
 
 
 class SimBackend(Backend):
-    """A simulated device. Each process of a machine has one of its own."""
+    """Simulated devices. Each process of a machine has one of its own.
+
+    Building it registers the device type with PyTorch, as `import torch_acme` does for another vendor.
+    """
+
+    def __init__(self, spec: BackendSpec, config: Any = None) -> None:
+        super().__init__(spec, config)
+        sim_runtime.load()
 
     def device(self, local_rank: int) -> torch.device:
         """Return the device of this process, and make it the current one.

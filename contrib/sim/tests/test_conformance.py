@@ -1,0 +1,20 @@
+"""The conformance kit on four simulated devices, in jobs of their own: this process has none."""
+
+from __future__ import annotations
+
+from torchport.testing import BackendConformance, CollectivesConformance
+
+
+class TestBackend(BackendConformance):
+    backend = "sim"
+    verified_on = "simulated"
+    environ = {"SIM_DEVICE_COUNT": "4"}  # noqa: RUF012
+    heavy_modules = ("sim_runtime",)
+
+
+class TestCollectives(CollectivesConformance):
+    collectives = "simccl"
+    backend = "sim"
+    levels = ("L0", "L2")
+    verified_on = "simulated"
+    environ = {"SIM_DEVICE_COUNT": "4"}  # noqa: RUF012
