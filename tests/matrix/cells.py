@@ -18,6 +18,7 @@ LAYOUTS = (
     "single", "ddp",
     "fsdp1", "fsdp2 full", "fsdp2 grad-op", "fsdp2 hybrid",
     "deepspeed 0", "deepspeed 1", "deepspeed 2", "deepspeed 3",
+    "fsdp2 x tp", "fsdp2 x cp", "fsdp2 x sp",
 )  # fmt: skip
 
 WINDOWS, BATCH, LENGTH = 4, 4, 8
@@ -40,6 +41,9 @@ Engines that clip gradients add 1e-6 to the norm at different places, and a clip
 
 WORKS_IN = {"no": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 """The dtype in which a linear layer gives its results."""
+
+TENSOR_PARALLEL = 16704 / 18128
+"""Share of the parameters that are divided by tensor parallelism: those of linear layers in blocks, but two biases."""
 
 _OBJECTS = {
     "single": "Network",
@@ -70,10 +74,22 @@ class Cell:
         return self.layout.partition(" ")[0]
 
     @property
+    def dimension(self) -> str:
+        """What neighbours share a batch for: `tp`, `cp`, `sp`, always in pairs; empty without."""
+        return self.layout.partition(" x ")[2]
+
+    @property
+    def shares(self) -> int:
+        """How many different micro-batches there are at once."""
+        return max(1, self.processes // 2) if self.dimension else self.processes
+
+    @property
     def refusal(self) -> str:
         """Part of the reason why the cell is refused; empty if it must run."""
         if self.layout == "single" and self.processes > 1:
             return "it runs on at most 1"
+        if self.dimension and self.processes == 1:
+            return "the product of all sizes must be the number of processes"
         return ""
 
     @property
@@ -98,7 +114,17 @@ class Cell:
             "dtype": [WORKS_IN[self.precision]],
             "held": held,
         }
-        if self.strategy == "fsdp2":
+        if self.dimension:
+            shard = f"dp_shard {self.shares} x " * (self.shares > 1)
+            expected |= {
+                "mesh": f"{shard}{self.dimension} 2",
+                "tokens": [LENGTH]
+                if self.dimension == "tp"
+                else [LENGTH // 2, LENGTH],  # at last, whole ones
+            }
+            if self.dimension == "tp":
+                expected["held"] = (1 - TENSOR_PARALLEL / 2) / self.shares
+        elif self.strategy == "fsdp2":
             expected["resharded"] = self.layout != "fsdp2 grad-op"
         if self.strategy == "deepspeed":
             stage = int(self.layout[-1])

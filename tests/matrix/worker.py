@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -72,7 +73,10 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_of(model: nn.Module, number: int) -> torch.Tensor:
-    tokens, labels = batch(number)
+    return loss_on(model, *batch(number))
+
+
+def loss_on(model: nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
 
 
@@ -86,28 +90,29 @@ def number_of(window: int, micro: int, accumulation: int, share: int, shares: in
 
 
 @functools.cache
-def reference(accumulation: int, share: int, shares: int) -> list[float]:
+def reference(accumulation: int, shares: int) -> list[list[float]]:
     """Train in plain PyTorch, in float32, in one process, on the micro-batches of all shares.
 
     Returns:
-        The losses of one share's micro-batches, and that of a further batch after the last step.
+        For each share, the losses of its micro-batches, and that of a further batch after the last step.
     """
     model = Network()
     optimizer = optimizer_of(model)
-    losses, norms = [], []
+    losses, norms = [[] for _ in range(shares)], []
     for window in range(WINDOWS):
         for micro in range(accumulation):
-            for other in range(shares):
-                loss = loss_of(model, number_of(window, micro, accumulation, other, shares))
+            for share in range(shares):
+                loss = loss_of(model, number_of(window, micro, accumulation, share, shares))
                 (loss / (accumulation * shares)).backward()
-                if other == share:
-                    losses.append(loss.item())
+                losses[share].append(loss.item())
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
         optimizer.zero_grad()
     assert min(norms) < CLIP < max(norms), "gradients must be clipped in some steps and not in others"
     with torch.no_grad():
-        return [*losses, loss_of(model, -1).item()]
+        last = loss_of(model, -1).item()
+    assert last < losses[0][0] / 5, "the reference learns nothing, so that it proves nothing"
+    return [[*own, last] for own in losses]
 
 
 def start(cell: Cell, model: nn.Module | None = None) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
@@ -117,27 +122,48 @@ def start(cell: Cell, model: nn.Module | None = None) -> tuple[Accelerator, nn.M
         strategy=strategy_of(cell),
         precision=precision_of(cell),
         gradient_accumulation_steps=cell.accumulation,
+        **({"parallelism_config": mesh_of(cell)} if cell.dimension else {}),
     )
     model = Network() if model is None else model
     return accelerator, *accelerator.prepare(model, optimizer_of(model))
 
 
 def train(accelerator, model, optimizer, cell: Cell, windows: range) -> list[float]:
-    """Train for some windows, and return the losses of this process and, after them, that of a further batch."""
-    share, shares = accelerator.process_index, accelerator.num_processes
+    """Train for some windows, and return the losses of this process and, after them, that of a further batch.
+
+    Where processes share a batch, the losses are the means over all processes.
+    """
+    share = accelerator.data_parallel_rank if cell.dimension else accelerator.process_index
     losses = []
     for window in windows:
         for micro in range(cell.accumulation):
-            with accelerator.accumulate(model):
-                loss = loss_of(model, number_of(window, micro, cell.accumulation, share, shares))
-                losses.append(loss.item())
+            tokens, labels = batch(number_of(window, micro, cell.accumulation, share, cell.shares))
+            with sequences(accelerator, cell, tokens, labels), accelerator.accumulate(model):
+                loss = loss_on(model, tokens, labels)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), CLIP)
                 optimizer.step()
                 optimizer.zero_grad()
+            known = loss.detach()
+            losses.append((accelerator.reduce(known, "mean") if cell.dimension else known).item())
     with torch.no_grad():
         return [*losses, loss_of(model, -1).item()]
+
+
+def sequences(accelerator, cell: Cell, *buffers: torch.Tensor) -> AbstractContextManager:
+    """Return a context in which each process has its part of the sequences."""
+    if cell.dimension not in ("cp", "sp"):
+        return nullcontext()
+    return accelerator.maybe_context_parallel(
+        buffers=list(buffers), buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
+    )
+
+
+def expected_of(cell: Cell, rank: int) -> list[float]:
+    """Return what `train` must return."""
+    shares = reference(cell.accumulation, cell.shares)
+    return [sum(each) / len(each) for each in zip(*shares, strict=True)] if cell.dimension else shares[rank]
 
 
 def run(cell: Cell) -> dict:
@@ -147,6 +173,7 @@ def run(cell: Cell) -> dict:
 
     def watch(module: nn.Module, args: object, output: torch.Tensor) -> None:
         seen["dtype"] = sorted({*seen.get("dtype", ()), str(output.dtype).removeprefix("torch.")})
+        seen["tokens"] = sorted({*seen.get("tokens", ()), args[0].shape[1]})
 
     def watch_head(module: nn.Module, args: object, output: torch.Tensor) -> None:
         seen["resharded"] = isinstance(plain.blocks[0].up.weight, DTensor)
@@ -154,9 +181,7 @@ def run(cell: Cell) -> dict:
     plain.blocks[1].up.register_forward_hook(watch)
     plain.head.register_forward_hook(watch_head)
     losses = train(accelerator, model, optimizer, cell, range(WINDOWS))
-    expected = reference(cell.accumulation, accelerator.process_index, accelerator.num_processes)
-    assert expected[-1] < expected[0] / 5, "the reference learns nothing, so that it proves nothing"
-    return {"losses": losses, "reference": expected, "seen": seen}
+    return {"losses": losses, "reference": expected_of(cell, accelerator.process_index), "seen": seen}
 
 
 def precision_of(cell: Cell):
@@ -176,6 +201,8 @@ def strategy_of(cell: Cell):
     if cell.strategy in ("fsdp1", "fsdp2"):
         from torchport_fsdp import FullyShardedDataParallelPlugin
 
+        if cell.dimension:
+            return FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap=["Block"])
         ways = {"": "FULL_SHARD", "full": "FULL_SHARD", "grad-op": "SHARD_GRAD_OP", "hybrid": "HYBRID_SHARD"}
         return FullyShardedDataParallelPlugin(
             fsdp_version=int(cell.strategy[-1]),
@@ -184,6 +211,17 @@ def strategy_of(cell: Cell):
             transformer_cls_names_to_wrap=["Block"],
         )
     return cell.strategy
+
+
+def mesh_of(cell: Cell):
+    from torchport.utils import ParallelismConfig, TorchTensorParallelConfig
+
+    sizes = {f"{cell.dimension}_size": 2, "dp_shard_size": cell.shares}
+    if cell.dimension == "tp":
+        columns = dict.fromkeys(("query", "key", "value", "up"), "colwise")
+        styles = {**columns, "out": "rowwise", "down": "rowwise"}
+        sizes["tp_handler"] = TorchTensorParallelConfig(plan={f"blocks.*.{n}": s for n, s in styles.items()})
+    return ParallelismConfig(**sizes)
 
 
 def look(accelerator: Accelerator, model: nn.Module) -> dict:
@@ -196,6 +234,8 @@ def look(accelerator: Accelerator, model: nn.Module) -> dict:
         "layer": type(plain.blocks[1].up).__name__,
         "held": sum(held(parameter).numel() for parameter in plain.parameters()) / whole,
     }
+    if accelerator.plan.parallelism is not None:
+        seen["mesh"] = accelerator.plan.parallelism.describe()
     stage = getattr(model, "zero_optimization_stage", None)
     if stage is not None:
         inner = model.optimizer
