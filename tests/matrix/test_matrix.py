@@ -18,7 +18,13 @@ from run import WORKER, run
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.plugins]
 TWO = cells(2)
-FOUR = [Cell("fsdp2 hybrid", precision, 3, 4) for precision in ("no", "bf16", "fp16")]
+FOUR = [
+    *(Cell("fsdp2 hybrid", precision, 3, 4) for precision in ("no", "bf16", "fp16")),
+    *(
+        Cell(f"fsdp2 x {dimension}", precision, 3, 4)
+        for dimension, precision in (("tp", "bf16"), ("cp", "no"), ("sp", "no"))
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -78,3 +78,19 @@ def test_merged_weights_load_into_the_plain_model_with_equal_tensors(folder, sav
 @pytest.mark.parametrize("target", WAYS)
 def test_a_job_that_is_killed_while_saving_goes_on_from_the_older_checkpoint(killed, two, target):
     goes_on(killed, two, "killed", target)
+
+
+@pytest.mark.parametrize("target", ["2 sharded", "plain"])
+def test_what_two_processes_saved_goes_by_four_to_one(killed, one, target):
+    result = one[f"killed, then four -> {target}"]
+    assert result["saved"] == killed["killed"]["saved"]
+    assert result["losses"] == pytest.approx(killed["killed"]["losses"], abs=1e-6)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("strategy", ["HYBRID_SHARD", "HYBRID_SHARD_ZERO2"])
+def test_two_groups_of_two_give_the_losses_of_ddp_over_four(four, version, strategy):
+    assert len(four) == 4
+    for rank in four:
+        for hand in ("ddp", "fsdp2"):
+            assert rank["parity"][f"{version} {strategy}"] == pytest.approx(rank["parity"][hand], abs=1e-6)
