@@ -16,7 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cells import TOLERANCE, WINDOWS, Cell, cells, judge
 from run import WORKER, run
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.plugins]
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.plugins,
+    pytest.mark.timeout(900),
+]  # cells have their own limit
 TWO = cells(2)
 FOUR = [
     *(Cell("fsdp2 hybrid", precision, 3, 4) for precision in ("no", "bf16", "fp16")),
