@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PLUGINS := $(wildcard plugins/*)
+# Those of contrib/ that are Python alone are installed like plugins/; contrib/sim is compiled.
+PLUGINS := $(wildcard plugins/*) $(filter-out contrib/sim,$(patsubst %/pyproject.toml,%,$(wildcard contrib/*/pyproject.toml)))
 MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requirements-dev.txt
 
 # What Python has compiled is kept, so that none of the many processes has to do it again.
