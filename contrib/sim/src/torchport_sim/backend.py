@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import sim_runtime
 import torch
-from torchport.plugin import Backend, BackendSpec, Capabilities
+from torchport.plugin import Backend, Capabilities
 
 
 class SimBackend(Backend):
-    """Simulated devices. Each process of a machine has one of its own.
-
-    Building it registers the device type with PyTorch, as `import torch_acme` does for another vendor.
-    """
-
-    def __init__(self, spec: BackendSpec, config: Any = None) -> None:
-        super().__init__(spec, config)
-        sim_runtime.load()
+    """Simulated devices. Each process of a machine has one of its own."""
 
     def device(self, local_rank: int) -> torch.device:
         """Return the device of this process, and make it the current one.
@@ -25,6 +16,7 @@ class SimBackend(Backend):
         Raises:
             LaunchError: if there are more processes than devices.
         """
+        sim_runtime.load()  # registers the type with PyTorch, as `import torch_acme` does for another vendor
         device = torch.device(self.spec.device_type, self.device_index(local_rank))
         self.module.set_device(device)
         return device
