@@ -22,7 +22,7 @@ def torchport_backends() -> Iterable[BackendSpec]:
         summary="Ascend NPUs",
         device_type="npu",
         priority=100,
-        collectives="hccl",
+        collectives="hccl-npu",
         runtime=RUNTIME,
         visible_devices_env=VISIBLE,
         distributed_type="MULTI_NPU",
@@ -33,7 +33,7 @@ def torchport_backends() -> Iterable[BackendSpec]:
 def torchport_collectives() -> Iterable[CollectivesSpec]:
     """Offer Huawei's HCCL, which comes with `torch_npu`."""
     yield CollectivesSpec(
-        name="hccl",
+        name="hccl-npu",
         factory="torchport_npu.backend:HcclCollectives",
         summary="Huawei's HCCL",
         device_types=("npu",),

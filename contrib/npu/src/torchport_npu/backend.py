@@ -43,6 +43,7 @@ class NpuBackend(Backend):
 class HcclCollectives(ProcessGroupCollectives):
     """Huawei's HCCL, beside gloo for objects and tensors on the host."""
 
+    process_group = "hccl"  # the plugin's own name is another: Gaudi's collectives are called hccl too
     host_process_group = "gloo"
 
     def register(self) -> None:
