@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import scorecards
 from torchport import aliases, envvars, plugin
 from torchport.cli import cli
 from torchport.config import schema
@@ -337,6 +338,9 @@ def tables() -> dict[str, str]:
         "older keys": older_keys(),
         "older keywords": older_keywords(),
         "hooks": hooks(),
+        "support": scorecards.support(),
+        "levels": scorecards.levels(),
+        "checks": scorecards.checks(),
         "Spec": common_fields(),
     }
     made |= {kind.spec.__name__: own_fields(kind.spec) for kind in KINDS.values()}

@@ -86,6 +86,7 @@ def test_a_new_plugin_with_a_longer_name_is_consistent(tmp_path):
         "src/torchport_acme_two/__init__.py",
         "src/torchport_acme_two/backend.py",
         "tests/test_backend.py",
+        "tests/test_conformance.py",
         "tests/test_package.py",
         "tests/test_training.py",
         "tests/train.py",
