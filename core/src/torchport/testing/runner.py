@@ -112,9 +112,27 @@ def _leave_jobs(task: Task) -> None:
             )
 
 
+def _missing(subject: Subject) -> str:
+    """Say why the subject, or the backend to test it on, cannot be used here; empty if it can."""
+    installed = everything()
+    for kind, name in ((subject.kind, subject.name), ("backend", subject.backend)):
+        if name:
+            try:
+                probe = installed.probe(installed.find(kind, name, "the conformance kit").spec)
+            except TorchportError as error:
+                return str(error)
+            if not probe.available:
+                return f"the {kind} {name!r} is not available here: {probe.reason}"
+    return ""
+
+
 def _ask(task: Task) -> None:
-    """Note what the subject does not claim, as far as that can be told beforehand."""
+    """Note what the subject does not claim, and that it is not available, as far as that can be told beforehand."""
+    missing = _missing(task.subject)
     for check in task.checks:
+        if missing and check.level != "L0":
+            task.note(check.id, HERE, FAIL, missing)
+            continue
         try:
             reason = check.unclaimed(task.subject) if check.unclaimed is not None else ""
         except Exception as error:
@@ -206,7 +224,9 @@ def _read(tasks: Sequence[Task], phase: str, diaries: Sequence[Path], ended: End
             else:
                 done.setdefault(key, {})[rank] = (event["outcome"], event["reason"])
     told = ended.in_words(max(limit, _START))
-    for key in begun:
+    for key in dict.fromkeys(
+        (*begun, *done)
+    ):  # where a bench cannot be opened, its checks end without a beginning
         ranks = done.get(key, {})
         outcome, reason = _of_all(ranks, len(diaries))
         if len(ranks) < len(diaries):
