@@ -83,7 +83,7 @@ $(TPU)/.ready: $(READY) requirements-tpu.txt
 	@touch $@
 
 test-xla: $(XLA)/.ready $(TPU)/.ready
-	@$(XLA)/bin/python -m pytest plugins/tpu/tests/on_torch_xla --timeout 600
+	@PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest plugins/tpu/tests/on_torch_xla --timeout 600
 	@TORCHPORT_BACKEND=cpu $(XLA)/bin/python -m pytest tests/training/test_one_process.py --timeout 600
 	@$(TPU)/bin/python -m pytest plugins/tpu/tests/on_torch_tpu --timeout 600
 
