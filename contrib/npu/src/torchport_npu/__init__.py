@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterable
 
-from torchport.plugin import BackendSpec, CollectivesSpec, Probe, hookimpl
+from torchport.plugin import BackendSpec, CollectivesSpec, Probe, hookimpl, probe_module
 
 RUNTIME = ("torch-npu",)
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
@@ -43,21 +41,6 @@ def torchport_collectives() -> Iterable[CollectivesSpec]:
 
 def probe() -> Probe:
     """Count the devices that this process can see. Counting does not initialise the runtime."""
-    try:
-        importlib.import_module("torch_npu")
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Probe(
-            available=False,
-            reason=f"torch_npu cannot be loaded: {reason}; it needs CANN (source its set_env.sh)",
-        )
-    import torch
-
-    count = int(torch.get_device_module("npu").device_count())
-    if count:
-        return Probe(available=True, count=count)
-    if VISIBLE in os.environ:
-        reason = f"no device is visible with {VISIBLE}={os.environ[VISIBLE]!r}: unset it, or name one"
-    else:
-        reason = "no device answers: is there one, and is its driver installed? (npu-smi info)"
-    return Probe(available=False, reason=reason)
+    return probe_module(
+        "torch_npu", "npu", visible=VISIBLE, needs="CANN (source its set_env.sh)", tool="npu-smi info"
+    )

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from torchport.plugin.binding import bind_step
     from torchport.plugin.collectives import Collectives
     from torchport.plugin.context import RunContext
-    from torchport.plugin.installation import torch_build
+    from torchport.plugin.installation import probe_module, torch_build
     from torchport.plugin.launcher import Job, Launcher
+    from torchport.plugin.module_backend import ModuleBackend
     from torchport.plugin.precision import Precision
     from torchport.plugin.process_group import ProcessGroupCollectives
     from torchport.plugin.quantizer import Quantizer
@@ -67,6 +68,8 @@ _INTERFACES = {
     "bind_step": ".binding",
     "flatten": ".values",
     "plain": ".values",
+    "ModuleBackend": ".module_backend",
+    "probe_module": ".installation",
     "torch_build": ".installation",
 }
 
@@ -85,6 +88,7 @@ __all__ = [
     "Kind",
     "Launcher",
     "LauncherSpec",
+    "ModuleBackend",
     "ParallelismConfig",
     "Precision",
     "PrecisionSpec",
@@ -109,6 +113,7 @@ __all__ = [
     "hookimpl",
     "lazy_exports",
     "plain",
+    "probe_module",
     "setting",
     "torch_build",
 ]

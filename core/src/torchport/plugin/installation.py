@@ -1,13 +1,17 @@
-"""What can be told of the installed PyTorch without importing it, for probes."""
+"""What probes ask: how PyTorch was built, without importing it, and whether a vendor's module shows devices."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+
+from torchport.plugin.specs import Probe
 
 
 @functools.cache
@@ -31,3 +35,35 @@ def torch_build() -> Mapping[str, str]:
         if isinstance(value, ast.Constant) and (value.value is None or isinstance(value.value, str)):
             found |= {target.id: value.value or "" for target in targets if isinstance(target, ast.Name)}
     return MappingProxyType(found)
+
+
+def probe_module(package: str, device_type: str, *, visible: str, needs: str, tool: str) -> Probe:
+    """Probe devices that a vendor's package adds to PyTorch as the module `torch.<device type>`.
+
+    Counting does not initialise the vendor's runtime.
+
+    Args:
+        package: Name of the vendor's module, which is imported.
+        device_type: The type of its devices.
+        visible: The variable that says which devices a process can see.
+        needs: What the package needs beside itself, for the case that it cannot be loaded.
+        tool: The vendor's command that lists devices, for the case that there is none.
+
+    Returns:
+        The number of devices, or why there is none.
+    """
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Probe(available=False, reason=f"{package} cannot be loaded: {why}; it needs {needs}")
+    import torch
+
+    count = int(torch.get_device_module(device_type).device_count())
+    if count:
+        return Probe(available=True, count=count)
+    if visible in os.environ:
+        reason = f"no device is visible with {visible}={os.environ[visible]!r}: unset it, or name one"
+    else:
+        reason = f"no device answers: is there one, and is its driver installed? ({tool})"
+    return Probe(available=False, reason=reason)

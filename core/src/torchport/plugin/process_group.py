@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -102,19 +103,23 @@ class ProcessGroupCollectives(Collectives):
     A subclass needs to write nothing; these are for it to set.
 
     Attributes:
+        package: Name of a vendor's module whose import registers the backend; empty for none.
         process_group: Name of the backend in `torch.distributed`; empty: that of the descriptor.
         host_process_group: Name of a backend for tensors on the host, beside it; empty for none. Objects are exchanged
             over it too.
         connects_at_once: Whether the group is bound to the process's device, and connected when it is opened.
     """
 
+    package: str = ""
     process_group: str = ""
     host_process_group: str = ""
     connects_at_once: bool = False
     _membership: Membership | None = None
 
     def register(self) -> None:
-        """Make the backend known to `torch.distributed`, where a vendor's package must be imported for that."""
+        """Make the backend known to `torch.distributed`: import the vendor's package."""
+        if self.package:
+            importlib.import_module(self.package)
 
     def open(self, topology: Topology, device: torch.device, timeout: timedelta, store: Store) -> None:
         """Initialise the default process group, or join the script's own.
