@@ -16,7 +16,6 @@ $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e core $(PLUGINS:%=-e %)
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # by all cores; some files are meant for other versions
 	@touch $@
 
 demo: $(READY)
