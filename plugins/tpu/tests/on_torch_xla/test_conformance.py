@@ -1,6 +1,7 @@
 """The conformance kit on the real torch_xla, whose device is PJRT's CPU."""
 
-from types import MappingProxyType
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torchport.testing import BackendConformance, StrategyConformance
 
@@ -9,7 +10,7 @@ RUNTIME = "vendor runtime without device"
 
 class TestXla(BackendConformance):
     backend = "xla"
-    environ = MappingProxyType({"PJRT_DEVICE": "CPU"})
+    environ: ClassVar[Mapping[str, str]] = {"PJRT_DEVICE": "CPU"}
     verified_on = RUNTIME
     timeout = 240.0
 
@@ -17,8 +18,7 @@ class TestXla(BackendConformance):
 class TestSpmd(StrategyConformance):
     strategy = "spmd"
     backend = "xla"
-    processes = 1
     precisions = ("no",)
-    environ = MappingProxyType({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"})
+    environ: ClassVar[Mapping[str, str]] = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
     verified_on = RUNTIME
     timeout = 240.0
