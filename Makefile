@@ -10,7 +10,7 @@ MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requ
 # What Python has compiled is kept, so that none of the many processes has to do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo sim test test-core test-examples test-trackers test-xla lint matrix bench sizes docs clean
+.PHONY: demo sim test test-all test-core test-examples test-trackers test-xla lint matrix bench sizes docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
@@ -36,9 +36,15 @@ $(SIM): $(READY) contrib/sim/pyproject.toml contrib/sim/setup.py $(wildcard cont
 sim: $(SIM)
 
 # Tests of time limits, and those that fork, run by themselves; then the others, two files at a time.
+TESTS = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m
 test: lint $(SIM)
 	@$(BIN)/python -m pytest -m alone
-	@$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	@$(TESTS) "not alone and not long"
+
+# With those that repeat at length what others check in short: 200 kills, all of the matrix in two processes, …
+test-all: lint $(SIM)
+	@$(BIN)/python -m pytest -m alone
+	@$(TESTS) "not alone"
 
 # Every tracker with its service's real package, offline, in an environment of its own: some are large.
 TRACKERS := .venv-trackers

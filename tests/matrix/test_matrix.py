@@ -1,6 +1,7 @@
 """Every strategy with every precision, accumulation and number of processes: it runs as what it is, or is refused.
 
-Here run all cells in two processes, and in four what is different there. `make matrix` runs all.
+Here run the cells with accumulation in two processes, and in four what is different there; `make test-all` runs all
+in two processes, and `make matrix` all there are.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]  # cells have their own limit
 TWO = cells(2)
+SHORT = [cell for cell in TWO if cell.accumulation > 1]
 FOUR = [
     *(Cell("fsdp2 hybrid", precision, 3, 4) for precision in ("no", "bf16", "fp16")),
     *(
@@ -31,15 +33,30 @@ FOUR = [
 ]
 
 
+REST = [cell for cell in TWO if cell not in SHORT]
+
+
 @pytest.fixture(scope="module")
-def verdicts(prefork):
-    torchport = (str(prefork / "torchport"),)
-    return {**run(TWO, torchport=torchport), **run(FOUR, torchport=torchport)}
+def verdict_on(prefork):
+    """Run all cells of a kind when the first of them is asked for."""
+    verdicts = {}
+
+    def verdict(cell):
+        if cell not in verdicts:
+            kind = next(kind for kind in (SHORT, REST, FOUR) if cell in kind)
+            verdicts.update(run(kind, torchport=(str(prefork / "torchport"),)))
+        return verdicts[cell]
+
+    return verdict
 
 
-@pytest.mark.parametrize("cell", [*TWO, *FOUR], ids=lambda cell: cell.name)
-def test_a_cell_trains_as_plain_pytorch_does_or_is_refused_before_it_starts(verdicts, cell):
-    verdict = verdicts[cell]
+@pytest.mark.parametrize(
+    "cell",
+    [*SHORT, *FOUR, *(pytest.param(cell, marks=pytest.mark.long) for cell in REST)],
+    ids=lambda cell: cell.name,
+)
+def test_a_cell_trains_as_plain_pytorch_does_or_is_refused_before_it_starts(verdict_on, cell):
+    verdict = verdict_on(cell)
     assert verdict.outcome == ("refused" if cell.refusal else "runs") or (
         cell.may_be_refused and verdict.outcome == "refused"
     ), verdict.text

@@ -324,6 +324,7 @@ def test_tokens_weigh_as_in_one_big_batch_however_they_are_split(ran):
         assert max(abs(a - b) for a, b in zip(wrong, reference, strict=True)) > 2e-3
 
 
+@pytest.mark.long
 def test_checkpointing_goes_on_after_a_kill_amid_an_epoch_as_if_there_had_been_none(python, launch, tmp_path):
     script = [str(EXAMPLES / "checkpointing.py"), "--epochs", "3"]
     whole = finish([*python, *script, "--output-dir", "whole"], tmp_path)

@@ -381,8 +381,8 @@ def test_the_process_group_meets_where_the_launcher_says():
 
 
 def test_the_backend_of_the_process_group_chooses_the_collectives():
-    handler = InitProcessGroupKwargs(backend="nccl")
-    with pytest.raises(UnknownPluginError, match="collectives 'nccl'"):
+    handler = InitProcessGroupKwargs(backend="ucc")
+    with pytest.raises(UnknownPluginError, match="collectives 'ucc'"):
         Accelerator(strategy="ddp", kwargs_handlers=[handler])
 
 

@@ -73,7 +73,9 @@ def test_plugins_lists_failures_and_what_is_switched_off_below(site):
 
 def test_plugins_as_json_can_be_narrowed_to_a_kind(site):
     site.install("torchport-chip", CHIP)
-    told = json.loads(torchport("plugins", "--json", "--kind", "backend").stdout)
+    told = json.loads(
+        torchport("plugins", "--json", "--kind", "backend", TORCHPORT_PLUGINS="chip,cpu").stdout
+    )
     assert [(item["name"], item["available"]) for item in told["plugins"]] == [("chip", False), ("cpu", True)]
     assert told["plugins"][0]["reason"] == LONG
     assert told["failures"] == []
@@ -84,7 +86,7 @@ def test_plugins_as_json_can_be_narrowed_to_a_kind(site):
 
 def test_plan_says_what_would_be_chosen_and_what_not_and_why(site):
     site.install("torchport-chip", CHIP)
-    told = json.loads(torchport("plan", "--json").stdout)
+    told = json.loads(torchport("plan", "--json", TORCHPORT_PLUGINS="chip,cpu").stdout)
     assert told["slots"]["backend"] == {
         "choice": ["cpu"],
         "source": "automatic: the highest priority that is available",

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 from torchport.testing import BackendConformance, CollectivesConformance
 
 
+class TestDevice(BackendConformance):
+    backend = "sim"
+    levels = ("L0", "L1")
+    verified_on = "simulated"
+    environ = {"SIM_DEVICE_COUNT": "4"}  # noqa: RUF012
+    heavy_modules = ("sim_runtime",)
+
+
+@pytest.mark.long
 class TestBackend(BackendConformance):
     backend = "sim"
+    levels = ("L2", "L3", "L4")  # test_devices.py trains and saves on these devices, too
     verified_on = "simulated"
     environ = {"SIM_DEVICE_COUNT": "4"}  # noqa: RUF012
     heavy_modules = ("sim_runtime",)

@@ -113,7 +113,12 @@ def _leave_jobs(task: Task) -> None:
 
 
 def _missing(subject: Subject) -> str:
-    """Say why the subject, or the backend to test it on, cannot be used here; empty if it can."""
+    """Say why the subject, or the backend to test it on, cannot be used here; empty if it can.
+
+    Empty too where its jobs have variables that this process has not: they say so themselves.
+    """
+    if subject.environ:
+        return ""
     installed = everything()
     for kind, name in ((subject.kind, subject.name), ("backend", subject.backend)):
         if name:
