@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import pytest
 from jobs import Job, run_job
 
 WORKERS = Path(__file__).parent / "workers"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the package is not installed (`make sim` compiles it), say so of each of its tests."""
-    try:
-        importlib.metadata.version("torchport-sim")
-    except importlib.metadata.PackageNotFoundError:
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="torchport-sim is not installed: make sim"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from torchport.checkpoint.weights import load_weights, save_weights
 from torchport.errors import CheckpointError
 from torchport.runtime import Runtime
 
-from torchport_deepspeed import library
+from torchport_deepspeed import vendor
 from torchport_deepspeed.helpers import gathered_parameters
 from torchport_deepspeed.together import come
 
@@ -50,7 +50,7 @@ def save(models: Mapping[int, torch.nn.Module], folder: Path, is_engine: IsEngin
     for index, model in models.items():
         if is_engine(model) and _trains(model):
             engine: Any = model
-            with library.quietly():
+            with vendor.quietly():
                 engine.save_checkpoint(str(folder), tag=_tag(index), save_latest=latest)
             latest = False
             if dist.get_rank() == 0:
@@ -82,7 +82,7 @@ def _load_engine(engine: Any, folder: Path, tag: str) -> None:
     saved = json.loads((folder / tag / _FACTS).read_text())
     now = _facts(engine)
     if saved == now or (saved["stage"] == now["stage"] == 0):
-        with library.quietly():
+        with vendor.quietly():
             found, _ = engine.load_checkpoint(str(folder), tag=tag)
         if found is None:
             raise CheckpointError(f"{folder / tag} could not be loaded by DeepSpeed")
@@ -113,7 +113,7 @@ def _load_engine(engine: Any, folder: Path, tag: str) -> None:
             )
         engine._config.load_universal_checkpoint = True
         try:
-            with library.quietly():
+            with vendor.quietly():
                 engine.load_checkpoint(str(place), tag=tag)
             _load_buffers(engine, place / tag)
         finally:
@@ -144,7 +144,7 @@ def convert(source: Path, target: Path) -> None:
 
     refuse_code(source)
     target.mkdir(parents=True, exist_ok=True)
-    with library.quietly():
+    with vendor.quietly():
         main(
             SimpleNamespace(
                 input_folder=str(source),
@@ -189,7 +189,7 @@ def whole_weights(engine: Any) -> dict[str, Any]:
         return state
     if runtime is not None:
         come("collecting the weights of a model that is partitioned (ZeRO stage 3)", runtime.topology)
-    with library.quietly():
+    with vendor.quietly():
         return engine._zero3_consolidated_16bit_state_dict() or {}
 
 

@@ -13,7 +13,7 @@ from torchport.errors import ConfigurationError, UnavailableError
 from torchport_deepspeed import ds_config
 from torchport_deepspeed.config import DeepSpeedPlugin
 from torchport_deepspeed.dummies import DummyOptim, DummyScheduler
-from torchport_deepspeed.library import can_build
+from torchport_deepspeed.vendor import can_build
 
 _MIXED = ("bf16", "fp16")
 

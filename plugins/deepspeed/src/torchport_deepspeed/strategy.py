@@ -19,7 +19,7 @@ from torchport.plugin.strategy import Prepared, PrepareRequest, Strategy
 from torchport.runtime import Runtime
 from torchport.state import GradientState
 
-from torchport_deepspeed import checkpoint, library
+from torchport_deepspeed import checkpoint, vendor
 from torchport_deepspeed.config import DeepSpeedPlugin
 from torchport_deepspeed.dummies import DummyOptim, DummyScheduler
 from torchport_deepspeed.engine import DeepSpeedEngineWrapper
@@ -55,7 +55,7 @@ class DeepSpeedStrategy(Strategy):
         self._set_accumulation()
         runtime = Runtime.current
         if runtime is not None:
-            library.load(runtime.device, runtime.topology)
+            vendor.load(runtime.device, runtime.topology)
             self.plugin.announce()
 
     @property
@@ -182,7 +182,7 @@ class DeepSpeedStrategy(Strategy):
         made_by = next((s.lr_scheduler_callable for s in schedulers if isinstance(s, DummyScheduler)), None)
         if made_by is not None:
             arguments["lr_scheduler"] = made_by
-        with library.quietly():
+        with vendor.quietly():
             engine = deepspeed.initialize(**arguments)[0]
         _cast(engine)
         guard(engine, context.topology)
