@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import prefork_client
 import pytest
 
 TELL = """
@@ -22,6 +23,16 @@ print(json.dumps({
     "warnings": [entry[0] for entry in warnings.filters][:1], "session": os.getsid(0) == os.getpid(),
 }))
 """
+
+
+@pytest.fixture(autouse=True)
+def variables_as_at_the_start(prefork, monkeypatch):
+    """Other tests of this process may have left variables that only a new interpreter reads."""
+    fixed = json.loads((prefork / prefork_client.SETTINGS).read_text())["fixed"]
+    for name in prefork_client.fixed_at_start(os.environ).keys() - fixed.keys():
+        monkeypatch.delenv(name)
+    for name, value in fixed.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
