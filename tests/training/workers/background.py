@@ -6,12 +6,24 @@ import sys
 import traceback
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torchport import Accelerator
-from torchport.checkpoint import atomic, background, state
+from torchport.checkpoint import atomic, background, project, state
 from torchport.checkpoint.weights import load_weights
 from torchport.errors import CheckpointError
+
+
+def begin_after_the_end_of(pid: int) -> None:
+    """Let the thread of the next save begin when another process has ended."""
+    exchange, other = project.StoreExchange, psutil.Process(pid)
+
+    def late(*arguments):
+        other.wait(60)
+        return exchange(*arguments)
+
+    project.StoreExchange = late
 
 
 def main() -> dict:
@@ -37,6 +49,7 @@ def main() -> dict:
         weights = load_weights(folder / f"{number}" / "model.safetensors")
         assert weights["weight"].unique().tolist() == [number]
 
+    pids = accelerator.gather(torch.tensor([os.getpid()])).tolist()
     save = accelerator.backend.save
 
     def broken(value, path):
@@ -56,6 +69,8 @@ def main() -> dict:
     else:
         left = []
 
+    if victim == 0 and rank == 1:
+        begin_after_the_end_of(pids[0])
     if rank == victim:
         state.FolderWriter.__enter__ = lambda self: os._exit(0)
     accelerator.save_state(folder / "0", blocking=False)

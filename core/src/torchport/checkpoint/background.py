@@ -30,11 +30,21 @@ LOST = 60.0
 _POLL = (0.002, 0.1)  # seconds between two looks at the store: the first and the longest
 
 
+def own_client(store: Store | None) -> Store | None:
+    """Return another client of a store: another thread may wait for a key, and clients do one thing at a time.
+
+    Call it while all processes are known to live: once rank 0 has ended, connecting takes as long as the store's
+    timeout.
+    """
+    return store.clone() if store is not None and hasattr(store, "clone") else store
+
+
 class StoreExchange:
     """Gathers values of all processes through their key-value store; for threads other than the main one.
 
     Args:
-        store: The store that all processes share; `None` where there is one process.
+        store: This process's own client of the store that all processes share (`own_client`); `None` where there is
+            one process.
         name: What tells this exchange from others, the same on every process.
         rank: Index of this process.
         world_size: Number of processes.
@@ -43,8 +53,7 @@ class StoreExchange:
     def __init__(self, store: Store | None, name: str, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self._name = f"torchport/checkpoint/{name}"
-        # A client of its own: another thread may wait for a key, and clients do one thing at a time.
-        self._store: Any = store.clone() if store is not None and hasattr(store, "clone") else store
+        self._store: Any = store
         self._round = 0
         self._ended = threading.Event()
         self._heard: dict[int, tuple[bytes, float]] = {}

@@ -8,12 +8,12 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchport.checkpoint import state
 from torchport.checkpoint.agreement import Agreement
 from torchport.checkpoint.atomic import saved_at
-from torchport.checkpoint.background import BackgroundSave, StoreExchange
+from torchport.checkpoint.background import BackgroundSave, StoreExchange, own_client
 from torchport.checkpoint.reshard import scheduler_facts
 from torchport.checkpoint.resume import AUTO
 from torchport.checkpoint.snapshot import HostBuffers
@@ -23,6 +23,9 @@ from torchport.config.kwargs import ProjectConfiguration
 from torchport.errors import CheckpointError, ConfigurationError
 from torchport.plan.selection import Plan
 from torchport.process_control import ProcessControl
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 
 class Checkpoints:
@@ -59,6 +62,7 @@ class Checkpoints:
         runtime = contents.runtime
         self._buffers = HostBuffers(runtime.backend, runtime.device)
         self._running: BackgroundSave | None = None
+        self._client: Store | None = None
 
     @property
     def leads(self) -> bool:
@@ -106,7 +110,7 @@ class Checkpoints:
             if blocking:
                 self._finish(part, work, target, agreement, facts, limit)
             else:
-                agreement.step(lambda: self._take_snapshot(part.files), "copy its state to host memory")
+                agreement.step(lambda: self._prepare_thread(part.files), "copy its state to host memory")
         except BaseException:
             work.close()
             raise
@@ -198,7 +202,10 @@ class Checkpoints:
                 f"the checkpoint {target} has been saved, but older ones are left", gather=agreement.gather
             ).step(lambda: make_room(target, limit) if self.leads else None, "delete them")
 
-    def _take_snapshot(self, files: Sequence[state.File]) -> None:
+    def _prepare_thread(self, files: Sequence[state.File]) -> None:
+        """Copy what changes while the thread writes, and connect to the store while all processes are there."""
+        if self._client is None:
+            self._client = own_client(self.contents.runtime.store)
         copies = self._buffers.snapshot([file.state for file in files])
         for file, copied in zip(files, copies, strict=True):
             file.state = copied
@@ -214,11 +221,10 @@ class Checkpoints:
         token: str,
     ) -> None:
         """Finish in a thread."""
-        runtime = self.contents.runtime
-        topology = runtime.topology
+        topology = self.contents.runtime.topology
 
         def save() -> None:
-            with StoreExchange(runtime.store, token, topology.rank, topology.world_size) as exchange:
+            with StoreExchange(self._client, token, topology.rank, topology.world_size) as exchange:
                 agreement.gather = exchange.gather
                 self._finish(part, work, target, agreement, facts, limit)
             part.files.clear()
