@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -151,8 +151,15 @@ def loader(rounds: int) -> dict[str, Taken]:
     return taken
 
 
-def save(rounds: int, megabytes: int, folder: Path) -> dict[str, Any]:
-    """Time saving a model and its AdamW state, three tensors of each parameter's size in all."""
+def save(rounds: int, megabytes: int, folder: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Time saving a model and its AdamW state, three tensors of each parameter's size in all.
+
+    Args:
+        rounds: How often each is measured.
+        megabytes: Size of the state.
+        folder: Where to save.
+        only: Names of contestants; all if empty.
+    """
     layers = max(1, round(megabytes * 1e6 / (3 * 4 * (1024 * 1024 + 1024))))
     model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(layers)])
     optimizer = torch.optim.AdamW(model.parameters())
@@ -177,12 +184,15 @@ def save(rounds: int, megabytes: int, folder: Path) -> dict[str, Any]:
     accelerator = _accelerator(model, optimizer)
     contestants: dict[str, Callable[[Path], Any]] = {
         "torch.save": by_hand,
-        "torch.save + fsync": by_hand_and_flushed,
+        FLUSHED: by_hand_and_flushed,
         "torchport": accelerator.save_state,
         BACKGROUND: lambda target: accelerator.save_state(target, blocking=False),
-        "accelerate": _accelerate_save(model, optimizer),
-        "fabric": _fabric_save(model, optimizer),
     }
+    if only:
+        contestants = {name: contestants[name] for name in only}
+    else:
+        contestants["accelerate"] = _accelerate_save(model, optimizer)
+        contestants["fabric"] = _fabric_save(model, optimizer)
 
     def timed(number: int, name: str) -> Callable[[], float]:
         target = folder / f"{number}"
@@ -201,12 +211,13 @@ def save(rounds: int, megabytes: int, folder: Path) -> dict[str, Any]:
         return measure
 
     measures = {name: timed(number, name) for number, name in enumerate(contestants)}
-    extra = {name: _extra_memory(measures[name]) for name in ("torchport", BACKGROUND)}
+    extra = {name: _extra_memory(measures[name]) for name in ("torchport", BACKGROUND) if name in measures}
     for measure in measures.values():
         measure()
     return {"bytes": size, "extra": extra, "wall": alternate(measures, rounds)}
 
 
+FLUSHED = "torch.save + fsync"
 BACKGROUND = "torchport, blocking=False"
 
 
@@ -257,7 +268,9 @@ def _fabric_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("step", "engine", "gather", "loader", "save", "fsdp"))
+    parser.add_argument(
+        "what", choices=("step", "engine", "gather", "loader", "save", "save-background", "fsdp")
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--megabytes", type=int, default=200)
@@ -268,6 +281,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.what == "save":
         taken: Any = save(args.rounds, args.megabytes, args.folder)
+    elif args.what == "save-background":
+        taken = save(args.rounds, args.megabytes, args.folder, (FLUSHED, BACKGROUND))
     elif args.what == "fsdp":
         from sharded import CONTESTANTS as SHARDED
 

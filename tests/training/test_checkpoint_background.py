@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torchport import Accelerator
-from torchport.checkpoint import atomic, project, state
+from torchport.checkpoint import atomic, project, snapshot, state
 from torchport.checkpoint.snapshot import HostBuffers
 from torchport.checkpoint.weights import load_weights
 from torchport.errors import CheckpointError
@@ -203,3 +203,15 @@ def test_a_snapshot_shares_memory_where_the_original_does():
     assert first["again"].data_ptr() + 8 == first["view"].data_ptr()
     assert isinstance(first["parameter"], nn.Parameter)
     assert first["self"] is first
+
+
+def test_several_threads_copy_every_byte_of_a_large_snapshot(monkeypatch):
+    monkeypatch.setattr(snapshot, "_MUCH", 1)
+    monkeypatch.setattr(snapshot, "_PIECE", 1000)
+    accelerator = Accelerator()
+    values = [torch.arange(number, dtype=torch.uint8) for number in (0, 1, 63, 999, 1000, 1001, 100_003)]
+    expected = [value.clone() for value in values]
+    (copies,) = HostBuffers(accelerator.backend, accelerator.device).snapshot([values])
+    for value in values:
+        value.add_(1)
+    assert all(map(torch.equal, copies, expected))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import mmap
 import threading
 from collections import OrderedDict
@@ -17,7 +18,8 @@ from torchport.checkpoint.weights import storage_address
 from torchport.plugin.backend import Backend
 
 _ALIGNMENT = 64  # bytes
-_PIECE = 1 << 24  # bytes copied at a time
+_PIECE = 1 << 26  # bytes copied at a time
+_MUCH = 1 << 26  # bytes from which on several threads copy
 _THREADS = 4  # one processor core alone does not use all of the memory's bandwidth
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 
@@ -77,7 +79,7 @@ class HostBuffers:
             if size:
                 place.copied = torch.frombuffer(self._memory, dtype=torch.uint8, offset=offset, count=size)
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        _copy(list(walk.places.values()))
+        _copy(list(walk.places.values()), not walk.has_devices)
         if self.device.type != "cpu":
             self.backend.synchronize(self.device)
         return [walk.copied(state) for state in states]
@@ -85,7 +87,7 @@ class HostBuffers:
     def _reserve(self, walk: _Walk) -> None:
         """Have enough memory: page-locked if something comes from a device."""
         needed = sum(-(-place.source.numel() // _ALIGNMENT) * _ALIGNMENT for place in walk.places.values())
-        pinned = any(place.source.device.type != "cpu" for place in walk.places.values())
+        pinned = walk.has_devices
         if needed <= self.nbytes and (self._pinned or not pinned):
             return
         self._memory = None  # before the new memory is taken
@@ -108,6 +110,11 @@ class _Walk:
         self.places: OrderedDict[tuple[Any, ...], _Place] = OrderedDict()
         self._seen: set[int] = set()
         self._done: dict[int, Any] = {}
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether something is to be copied from the memory of a device."""
+        return any(place.source.device.type != "cpu" for place in self.places.values())
 
     def collect(self, value: Any) -> None:
         """Note the storages that are to be copied."""
@@ -170,23 +177,29 @@ def _storage_key(value: torch.Tensor) -> tuple[Any, ...] | None:
     return value.device, address, size
 
 
-def _copy(places: Sequence[_Place]) -> None:
-    """Copy all storages, in several threads where they are large and on the host."""
+def _copy(places: Sequence[_Place], on_host: bool) -> None:
+    """Copy all storages; from the host's memory in several threads where there is much of it."""
+    if not on_host:
+        for place in places:
+            place.copied.copy_(place.source, non_blocking=True)
+        return
     pieces = [
-        (place.source[start : start + _PIECE], place.copied[start : start + _PIECE])
+        (place.copied.data_ptr() + start, place.source.data_ptr() + start, min(_PIECE, size - start))
         for place in places
-        for start in range(0, place.source.numel(), _PIECE)
+        for size in (place.source.numel(),)
+        for start in range(0, size, _PIECE)
     ]
+    remaining = iter(pieces)  # shared: each piece goes to the thread that asks for it first
 
-    def work(first: int, step: int) -> None:
-        for source, copied in pieces[first::step]:
-            copied.copy_(source, non_blocking=True)
+    def work() -> None:
+        for copied, source, size in remaining:
+            # Beyond some size the C library writes past the caches, which PyTorch's copy_ does not.
+            ctypes.memmove(copied, source, size)
 
-    on_host = all(place.source.device.type == "cpu" for place in places)
-    number = _THREADS if on_host and len(pieces) >= 4 * _THREADS else 1
-    others = [threading.Thread(target=work, args=(first, number)) for first in range(1, number)]
+    number = _THREADS if sum(size for *_, size in pieces) >= _MUCH else 1
+    others = [threading.Thread(target=work) for _ in range(number - 1)]
     for thread in others:
         thread.start()
-    work(0, number)
+    work()
     for thread in others:
         thread.join()
