@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torchport.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from torchport.testing.module_stub import ModuleStubConformance
     from torchport.testing.scorecard import Scorecard
     from torchport.testing.suites import (
         BackendConformance,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendConformance",
     "CollectivesConformance",
+    "ModuleStubConformance",
     "PackageConformance",
     "PrecisionConformance",
     "Scorecard",
@@ -40,7 +42,8 @@ __all__ = [
 ]
 
 
-_SUITES = {name: ".suites" for name in __all__ if name != "Scorecard"}
+_SUITES = dict.fromkeys(__all__, ".suites")
+_ELSEWHERE = {"ModuleStubConformance": ".module_stub", "Scorecard": ".scorecard"}
 
 # The pytest plugin imports this package at every start of pytest: suites are imported when they are asked for.
-__getattr__: Callable[[str], Any] = lazy_exports(__name__, {**_SUITES, "Scorecard": ".scorecard"})
+__getattr__: Callable[[str], Any] = lazy_exports(__name__, {**_SUITES, **_ELSEWHERE})
