@@ -1,9 +1,12 @@
 """Plain requirements are judged as `packaging` judges them, without importing it."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
+from torchport.plugin import missing_runtime
 from torchport.plugin.requirements import is_plain, name_of, plainly_met
 
 VERSIONS = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(lambda parts: ".".join(map(str, parts)))
@@ -40,3 +43,12 @@ def test_versions_that_are_not_plain_are_left_to_packaging():
 )
 def test_names_are_normalized(text, name):
     assert name_of(text) == name
+
+
+def test_what_is_not_installed_is_said_without_packaging(monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert missing_runtime(("pluggy>=1.0", "acme-never>=2")) == (
+        "needs acme-never>=2, which is not installed: pip install 'acme-never>=2'"
+    )
+    with pytest.raises(ImportError):
+        missing_runtime(("pluggy>=1.0; python_version>'3'",))

@@ -9,8 +9,7 @@ import sys
 import pytest
 import torch
 from torchport.errors import ConfigurationError, LaunchError
-from torchport.plan.registry import missing_runtime
-from torchport.plugin import Backend, BackendSpec, Capabilities
+from torchport.plugin import Backend, BackendSpec, Capabilities, missing_runtime
 from torchport.testing.stubs import Call, StubDevice, StubModule, installed
 
 PAGES = ("https://acme.example/torch.acme.html",)

@@ -26,10 +26,10 @@ from torchport.plan.registry import (
     Installed,
     Plugin,
     PluginFailure,
-    missing_runtime,
     plugin_key,
 )
 from torchport.plugin import hookspecs
+from torchport.plugin.installation import missing_runtime
 from torchport.plugin.requirements import name_of, plainly_met
 from torchport.plugin.specs import KINDS, Finding, Kind
 

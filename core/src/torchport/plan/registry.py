@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from torchport.errors import (
     UnavailableError,
     UnknownPluginError,
 )
-from torchport.plugin.requirements import name_of, plainly_met
+from torchport.plugin.installation import missing_runtime
 from torchport.plugin.specs import KINDS, BackendSpec, Capabilities, Finding, Probe, Spec
 
 CORE = "torchport-core"
@@ -216,37 +215,6 @@ class Installed:
                     hint="torchport doctor",
                 ) from error
         return self._capabilities[spec.name]
-
-
-def missing_runtime(requirements: Iterable[str]) -> str:
-    """Name the requirements that installed metadata does not meet, in words; empty if all are met."""
-    problems = []
-    for text in requirements:
-        if _plainly_met(text):
-            continue
-        from packaging.requirements import Requirement
-
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate():
-            continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            problems.append(f"needs {text}, which is not installed: pip install '{text}'")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            problems.append(
-                f"needs {text}, found {requirement.name} {version}: pip install --upgrade '{text}'"
-            )
-    return "; ".join(problems)
-
-
-def _plainly_met(requirement: str) -> bool:
-    """Whether a requirement is certainly met; what is in doubt is judged by `packaging`."""
-    try:
-        return plainly_met(requirement, importlib.metadata.version(name_of(requirement) or requirement))
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return False
 
 
 def _probe(spec: Any) -> tuple[Probe, bool]:

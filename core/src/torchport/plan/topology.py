@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torchport.errors import LaunchError
-from torchport.plan.registry import Installed, load_reference, missing_runtime
+from torchport.plan.registry import Installed, load_reference
+from torchport.plugin.installation import missing_runtime
 from torchport.plugin.launcher import Launcher
 from torchport.plugin.specs import LauncherSpec, Topology
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torchport.plugin.binding import bind_step
     from torchport.plugin.collectives import Collectives
     from torchport.plugin.context import RunContext
-    from torchport.plugin.installation import probe_module, torch_build
+    from torchport.plugin.installation import missing_runtime, probe_module, torch_build
     from torchport.plugin.launcher import Job, Launcher
     from torchport.plugin.module_backend import ModuleBackend
     from torchport.plugin.precision import Precision
@@ -67,6 +67,7 @@ _INTERFACES = {
     "as_table": ".values",
     "bind_step": ".binding",
     "flatten": ".values",
+    "missing_runtime": ".installation",
     "plain": ".values",
     "ModuleBackend": ".module_backend",
     "probe_module": ".installation",
@@ -112,6 +113,7 @@ __all__ = [
     "flatten",
     "hookimpl",
     "lazy_exports",
+    "missing_runtime",
     "plain",
     "probe_module",
     "setting",

@@ -1,17 +1,57 @@
-"""What probes ask: how PyTorch was built, without importing it, and whether a vendor's module shows devices."""
+"""What probes ask: what is installed, how PyTorch was built, and whether a vendor's module shows devices."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from torchport.plugin.requirements import is_plain, name_of, plainly_met
 from torchport.plugin.specs import Probe
+
+
+def missing_runtime(requirements: Iterable[str]) -> str:
+    """Name the requirements that installed metadata does not meet, in words; empty if all are met.
+
+    Args:
+        requirements: Requirements as of PEP 508, such as those of a descriptor's `runtime`.
+    """
+    return "; ".join(filter(None, map(_missing, requirements)))
+
+
+def _missing(text: str) -> str:
+    """Say why a requirement is not met; `packaging`, which is slow to import, judges what is in doubt."""
+    absent = f"needs {text}, which is not installed: pip install '{text}'"
+    if is_plain(text):
+        version = _version(name_of(text))
+        if version is None:
+            return absent
+        if plainly_met(text, version):
+            return ""
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(text)
+    if requirement.marker is not None and not requirement.marker.evaluate():
+        return ""
+    version = _version(requirement.name)
+    if version is None:
+        return absent
+    if requirement.specifier.contains(version, prereleases=True):
+        return ""
+    return f"needs {text}, found {requirement.name} {version}: pip install --upgrade '{text}'"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache

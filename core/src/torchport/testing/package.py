@@ -15,8 +15,9 @@ from typing import Any
 
 from torchport.config import schema
 from torchport.errors import SelectionError
-from torchport.plan.registry import CORE, Entry, load_reference, missing_runtime
+from torchport.plan.registry import CORE, Entry, load_reference
 from torchport.plugin.hookspecs import PROJECT
+from torchport.plugin.installation import missing_runtime
 from torchport.plugin.specs import Probe
 from torchport.testing.checks import HERE, Check, Checks, Place, Subject, everything, require
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torchport.errors import IncompatibleError, UnavailableError
-from torchport.plan.registry import load_reference, missing_runtime
+from torchport.plan.registry import load_reference
+from torchport.plugin import missing_runtime
 
 from torchport_fp8.config import FP8Engine, FP8RecipeKwargs
 
