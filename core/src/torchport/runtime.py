@@ -105,6 +105,9 @@ class Runtime:
         check_device_type(spec)
         self.backend: Backend = build(plan["backend"])
         self.backend.start_process(self.topology)
+        setup: str = getattr(plan["strategy"].spec, "start_process", "")
+        if setup:
+            load_reference(setup)(self.topology)
         if envvars.flag(environ, envvars.BIND_CPU):
             self.backend.bind_cpu(self.topology)
         self.device: torch.device = self.backend.device(self.topology.local_rank)

@@ -144,7 +144,7 @@ class DataLoaderConfiguration:
         non_blocking: Whether copies to the device are asynchronous (needs pinned memory).
         use_stateful_dataloader: Whether loaders are built on torchdata's `StatefulDataLoader`.
         prefetch_to_device: Whether the next batch is copied to the device while the current one is computed on,
-            on devices with streams; it takes the memory of one more batch.
+            on devices with streams or a way of their own; it takes the memory of one more batch.
     """
 
     split_batches: bool = False

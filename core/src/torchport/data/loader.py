@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchport.data.iterable import AsWorker, IterableDatasetShard, Read, has_state, watch_worker
 from torchport.data.order import Epoch, Order, RememberedSampler, epoch_counter, share_length
 from torchport.data.position import load_order, save_order, skip_rounds
-from torchport.data.prefetch import Prefetch
+from torchport.data.prefetch import ReadAhead
 from torchport.data.samplers import (
     BEGINNING,
     BatchSamplerShard,
@@ -63,7 +63,7 @@ class DataLoaderShard(DataLoader[Any]):
         source: DataLoader[Any] | None = None,
         step: int = 1,
         from_beginning: bool = False,
-        prefetch: Prefetch | None = None,
+        prefetch: ReadAhead | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **kwargs)

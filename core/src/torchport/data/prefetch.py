@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from torchport.ops.pytree import recursively_apply, send_to_device
 from torchport.plugin.backend import Backend
+
+ReadAhead = Callable[[Iterator[Any]], Iterator[Any]]
+"""What yields the batches of a pass on the device, reading and moving them ahead."""
 
 _NONE: Any = object()
 

@@ -15,7 +15,7 @@ from torchport.data.divided import DividedDataset, DividedLoader, divides
 from torchport.data.iterable import IterableDatasetShard, ReadCollate, WatchedCollate, has_state
 from torchport.data.loader import DataLoaderShard
 from torchport.data.order import share_order, shared_generator
-from torchport.data.prefetch import Prefetch
+from torchport.data.prefetch import Prefetch, ReadAhead
 from torchport.data.samplers import EVERY, BatchSamplerShard, WholeBatchShard, length_is_exact
 from torchport.errors import ConfigurationError
 from torchport.runtime import Runtime
@@ -86,7 +86,7 @@ def prepare_data_loader(
         non_blocking: Whether copies to the device are asynchronous.
         use_stateful_dataloader: Whether to build on torchdata's `StatefulDataLoader`.
         prefetch_to_device: Whether the next batch is copied while the current one is computed on, where the device
-            has streams.
+            has streams or the backend a way of its own.
         channel: How dispatched batches are sent; by default with the collectives of the run.
         readers: Number of processes that read each share, alike.
 
@@ -197,11 +197,12 @@ def _in_host_memory(runtime: Runtime | None, device: torch.device | None) -> boo
     return runtime is not None and device == runtime.device and runtime.backend.capabilities().host_memory
 
 
-def _prefetch(runtime: Runtime | None, device: torch.device) -> Prefetch | None:
-    """Return what copies batches ahead, where the device has streams."""
-    if runtime is None or device != runtime.device or not runtime.backend.capabilities().streams:
+def _prefetch(runtime: Runtime | None, device: torch.device) -> ReadAhead | None:
+    """Return what copies batches ahead: the backend's own way, or a copy on a stream where the device has them."""
+    if runtime is None or device != runtime.device:
         return None
-    return Prefetch(runtime.backend, device)
+    streams = runtime.backend.capabilities().streams
+    return runtime.backend.read_ahead(device) or (Prefetch(runtime.backend, device) if streams else None)
 
 
 def _exchanges(runtime: Runtime | None, processes: int, index: int) -> bool:

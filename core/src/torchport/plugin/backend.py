@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -176,6 +176,14 @@ class Backend(ABC):
     def wrap_dataloader(self, loader: Iterable[Any], device: torch.device) -> Iterable[Any]:
         """Return the loader to iterate over, where the vendor's runtime brings one of its own."""
         return loader
+
+    def read_ahead(self, device: torch.device) -> Callable[[Iterator[Any]], Iterator[Any]] | None:
+        """Return what reads batches and moves them to `device` ahead of the step, where the runtime has its own way.
+
+        It is given the batches of a pass on the host and yields them, in order, on the device. `None` leaves that to
+        the loader, which copies the next batch on a stream of its own where the device has streams.
+        """
+        return None
 
     def adapt(self, request: PrepareRequest) -> None:
         """Change models and optimizers in place before the strategy gets them, where the vendor's library does so."""

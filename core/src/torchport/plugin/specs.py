@@ -260,6 +260,8 @@ class StrategySpec(Spec):
         max_processes: Most processes it can run on; 0 means any number.
         parallelism: Dimensions of a `ParallelismConfig` that it can lay out; any other is refused before the start.
             Its settings may have a method `parallelism_problem(config)`, which returns why they do not go with it.
+        start_process: `"module:function"` that sets up a process for it, given its `Topology`: after the backend has
+            set it up, and before the device is opened. Empty where there is nothing to set up.
     """
 
     kind: ClassVar[str] = "strategy"
@@ -270,9 +272,11 @@ class StrategySpec(Spec):
     min_processes: int = 1
     max_processes: int = 0
     parallelism: tuple[str, ...] = ()
+    start_process: str = ""
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
+        self._check_reference("start_process", required=False)
         for attribute in ("priority", "min_processes", "max_processes"):
             _check_integer(self, attribute)
         self._tuple("parallelism")
