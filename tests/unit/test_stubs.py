@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from torchport.errors import ConfigurationError, LaunchError
+from torchport.errors import ConfigurationError, LaunchError, UnsupportedOperationError
 from torchport.plugin import Backend, BackendSpec, Capabilities, missing_runtime
 from torchport.testing.stubs import Call, StubDevice, StubModule, installed
 
@@ -154,3 +154,12 @@ def test_a_device_type_that_pytorch_does_not_know_is_reached_by_both_names():
         assert torch.get_device_module("privateuseone:0") is stub
     assert not hasattr(torch, "acmedevice")
     assert not hasattr(torch, "privateuseone")
+
+
+def test_without_a_device_module_memory_is_not_told_and_nothing_is_cached():
+    spec = BackendSpec(name="lazy", device_type="vulkan", factory="a:B", probe="a:probe")
+    backend = AnyBackend(spec)
+    backend.empty_cache()
+    with pytest.raises(UnsupportedOperationError, match="'lazy' has no such figure of its memory") as refused:
+        backend.reset_peak_memory(torch.device("cpu"))
+    assert refused.value.reason == "torch.vulkan has no reset_peak_memory_stats"

@@ -100,17 +100,28 @@ class Backend(ABC):
 
     def empty_cache(self) -> None:
         """Return cached, unused memory to the device."""
-        release = getattr(self.module, "empty_cache", None)
+        release = self._function("empty_cache")
         if release is not None:
             release()
 
     def _memory(self, function: str) -> Any:
-        found = getattr(self.module, function, None) or getattr(torch.accelerator, function, None)
+        found = self._function(function)
         if found is None:
             raise UnsupportedOperationError(
-                f"backend {self.spec.name!r} does not report its memory",
+                f"backend {self.spec.name!r} has no such figure of its memory",
                 reason=f"torch.{self.spec.device_type} has no {function}",
             )
+        return found
+
+    def _function(self, name: str) -> Any:
+        """Return a function of the vendor's module, else PyTorch's own for its accelerator; `None` if there is none."""
+        try:
+            found = getattr(self.module, name, None)
+        except RuntimeError:  # the runtime has registered no module for its device type
+            found = None
+        accelerator = torch.accelerator.current_accelerator()
+        if found is None and accelerator is not None and accelerator.type == self.spec.device_type:
+            found = getattr(torch.accelerator, name, None)
         return found
 
     # --- random numbers ----------------------------------------------------------------------------------
