@@ -21,7 +21,3 @@ class NeuronBackend(XlaBackend):
         """Name the device to PJRT, and take this process's core as torch_xla does under torchrun."""
         os.environ.setdefault("PJRT_DEVICE", "NEURON")
         super().start_process(topology)
-
-    def compile_backend(self) -> str:
-        """Return the compiler of `torch.compile` that AWS documents."""
-        return "openxla"

@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -99,10 +98,6 @@ class CpuBackend(Backend):
     def seed(self, seed: int) -> None:
         """Seed the CPU's default generator, and no other."""
         torch.default_generator.manual_seed(seed)
-
-    def stream(self, device: torch.device) -> Any:
-        """Return `None`: the CPU has no streams."""
-        return None
 
     # --- cores -------------------------------------------------------------------------------------------
 

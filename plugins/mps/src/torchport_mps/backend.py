@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
 
 import torch
 from torchport.errors import ConfigurationError, UnsupportedOperationError
@@ -75,10 +74,6 @@ class MpsBackend(Backend):
     def seed(self, seed: int) -> None:
         """Seed the GPU's generator."""
         torch.mps.manual_seed(seed)
-
-    def stream(self, device: torch.device) -> Any:
-        """Return `None`: PyTorch has no streams on Apple GPUs."""
-        return None
 
 
 def _no_peak() -> UnsupportedOperationError:
