@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from datetime import timedelta
 
@@ -18,8 +17,9 @@ from torchport.plan.discovery import discover
 from torchport.plugin import Job, LauncherSpec, Probe, Topology
 from torchport.testing.stubs import StubModule, installed
 from torchport_tpu import chips, launcher
-from torchport_tpu.config import SpmdPlugin, XlaPlugin
+from torchport_tpu.config import XlaPlugin
 from torchport_tpu.install import requirements
+from torchport_tpu.spmd_config import SpmdPlugin
 
 PAGES = ("https://pypi.org/project/torch-tpu/0.2.0/",)
 POD = {"TPU_WORKER_HOSTNAMES": "t0, t1,t2", "TPU_WORKER_ID": "1"}
@@ -279,16 +279,6 @@ def test_install_xla_is_where_the_documentation_has_it():
     assert utils.install_xla is torchport_tpu.install_xla
 
 
-def test_the_plan_tells_the_backend_of_virtual_devices():
-    from torchport_tpu import config
-
-    plan = dataclasses.make_dataclass("Plan", ["strategy"])
-    before = config.virtual_devices
-    try:
-        assert list(torchport_tpu.torchport_plan_resolved(plan("spmd"))) == []
-        assert config.virtual_devices is True
-        torchport_tpu.torchport_plan_resolved(plan("single"))
-        assert config.virtual_devices is False
-    finally:
-        config.virtual_devices = before
-    assert os.environ.get("XLA_USE_SPMD") is None
+def test_spmd_sets_up_each_process_before_its_device_is_opened():
+    (spec,) = torchport_tpu.torchport_strategies()
+    assert spec.start_process == "torchport_tpu.spmd:start_process"

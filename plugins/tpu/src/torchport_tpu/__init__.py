@@ -14,20 +14,18 @@ from torchport.plugin import (
     StrategySpec,
     hookimpl,
     lazy_exports,
+    missing_runtime,
 )
 
-from torchport_tpu import chips
-
 if TYPE_CHECKING:
-    from torchport_tpu.config import SpmdPlugin, XlaPlugin
+    from torchport_tpu.config import XlaPlugin
+    from torchport_tpu.spmd_config import SpmdPlugin
 
     install_xla: Callable[..., None]
 
 TORCH_TPU = ("torch-tpu>=0.2",)
 TORCH_XLA = ("torch-xla>=2.6",)
 SPMD = "spmd"
-
-_SETTINGS = "torchport_tpu.config:XlaPlugin"
 
 
 @hookimpl
@@ -41,7 +39,7 @@ def torchport_backends() -> Iterable[BackendSpec]:
         name="xla",
         factory="torchport_tpu.backend:XlaBackend",
         probe="torchport_tpu.chips:probe_xla",
-        config=_SETTINGS,
+        config="torchport_tpu.config:XlaPlugin",
         summary="torch_xla on the device of PJRT_DEVICE (TPU, CPU, …)",
         device_type="xla",
         priority=90,
@@ -51,7 +49,7 @@ def torchport_backends() -> Iterable[BackendSpec]:
         distributed_type="XLA",
     )
     yield xla
-    over_xla = chips.runtime() == "torch_xla"
+    over_xla = bool(missing_runtime(TORCH_TPU)) and not missing_runtime(TORCH_XLA)
     yield replace(
         xla,
         name="tpu",
@@ -92,7 +90,8 @@ def torchport_strategies() -> Iterable[StrategySpec]:
         name=SPMD,
         aliases=("xla_spmd",),
         factory="torchport_tpu.spmd:SpmdStrategy",
-        config="torchport_tpu.config:SpmdPlugin",
+        start_process="torchport_tpu.spmd:start_process",
+        config="torchport_tpu.spmd_config:SpmdPlugin",
         summary="one process over all devices of a machine: the XLA compiler spreads batches and parameters",
         runtime=TORCH_XLA,
         needs=Requirements(features=frozenset({SPMD})),
@@ -112,17 +111,8 @@ def torchport_launchers() -> Iterable[LauncherSpec]:
     )
 
 
-@hookimpl
-def torchport_plan_resolved(plan: Any) -> Iterable[str]:
-    """Note that the runtime must begin with virtual devices, which it must know before its first tensor."""
-    from torchport_tpu import config
-
-    config.virtual_devices = plan.strategy == SPMD
-    return ()
-
-
 _EXPORTS = {
-    "SpmdPlugin": ".config",
+    "SpmdPlugin": ".spmd_config",
     "XlaPlugin": ".config",
     "install_xla": ".install",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torchport.errors import LaunchError, UnsupportedOperationError
 from torchport.ops.pytree import recursively_apply
 from torchport.plugin import Backend, BackendSpec, Capabilities, Topology
 
-from torchport_tpu import config as settings
 from torchport_tpu.config import XlaPlugin
 
 _STATE_BYTES = 8
@@ -26,9 +25,13 @@ class XlaBackend(Backend):
 
     Operations are recorded, and compiled and run together at the end of a step, or when a value is looked at. A
     prepared loader ends the step before each batch, `accumulate` and the optimizer's step do too.
+
+    Attributes:
+        batch_sharding: How batches are spread over devices; set by a strategy that spreads them.
     """
 
     config: XlaPlugin
+    batch_sharding: Any = None
 
     def __init__(self, spec: BackendSpec, config: XlaPlugin | None = None) -> None:
         super().__init__(spec, config or XlaPlugin())
@@ -44,16 +47,7 @@ class XlaBackend(Backend):
             os.environ["XLA_DOWNCAST_BF16"] = "1"
         # A moved model keeps its parameters, so that optimizers made before, and tied weights, go on with them.
         torch.__future__.set_swap_module_params_on_conversion(True)
-        if settings.virtual_devices:
-            if topology.local_world_size > 1:
-                raise LaunchError(
-                    "the strategy 'spmd' takes one process for all devices of a machine",
-                    found=f"{topology.local_world_size} processes on this machine, from {topology.source}",
-                    hint="--num-processes 1 on one machine, or the number of machines of a pod",
-                )
-            if not xr.is_spmd():
-                xr.use_spmd()
-        elif topology.local_world_size > 1 and "PJRT_LOCAL_PROCESS_RANK" not in os.environ:
+        if topology.local_world_size > 1 and "PJRT_LOCAL_PROCESS_RANK" not in os.environ:
             _join(topology)
 
     def device(self, local_rank: int) -> torch.device:
@@ -97,22 +91,8 @@ class XlaBackend(Backend):
         return int(self._memory_of(device)["bytes_used"])
 
     def max_memory_allocated(self, device: torch.device) -> int:
-        """Return the most bytes that have been in use on `device` since the runtime started."""
+        """Return the most bytes that have been in use on `device` since the runtime started: it cannot be reset."""
         return int(self._memory_of(device)["peak_bytes_used"])
-
-    def reset_peak_memory(self, device: torch.device) -> None:
-        """Refuse: the runtime keeps its peak.
-
-        Raises:
-            UnsupportedOperationError: always.
-        """
-        raise UnsupportedOperationError(
-            f"the backend {self.spec.name!r} cannot reset the peak of its memory",
-            reason="torch_xla reports the peak since the runtime started",
-        )
-
-    def empty_cache(self) -> None:
-        """Do nothing: the runtime manages its memory itself."""
 
     def _memory_of(self, device: torch.device) -> Any:
         try:
@@ -145,25 +125,19 @@ class XlaBackend(Backend):
 
     # --- life cycle --------------------------------------------------------------------------------------
 
-    def stream(self, device: torch.device) -> Any:
-        """Return `None`: the runtime orders its work itself."""
-        return None
-
     def compile_backend(self) -> str:
         """Return the compiler of `torch.compile` for torch_xla."""
         return "openxla"
 
-    def wrap_dataloader(self, loader: Iterable[Any], device: torch.device) -> Iterable[Any]:
-        """Let torch_xla's parallel loader read ahead and move batches, where the loader places them at all."""
-        from torchport_tpu.feed import DeviceFeed
+    def read_ahead(self, device: torch.device) -> Callable[[Iterator[Any]], Iterator[Any]]:
+        """Let torch_xla's parallel loader read ahead and move batches."""
+        from torchport_tpu.feed import feed
 
-        if getattr(loader, "device", None) == device:
-            loader.prefetch = DeviceFeed(device)  # type: ignore[attr-defined]
-        return loader
+        return lambda batches: feed(batches, device, self.batch_sharding)
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> Any:
         """Step, and run the recorded step; gradients of several processes are exchanged by the strategy."""
-        result = optimizer.step(closure) if closure is not None else optimizer.step()
+        result = super().optimizer_step(optimizer, closure)
         torch_xla.sync()
         return result
 

@@ -1,10 +1,8 @@
-"""Which TPU chips and which runtimes there are. Imports neither torch nor a runtime, and initialises nothing."""
+"""Which TPU chips there are. Imports neither torch nor a runtime, and initialises nothing."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from torchport.plugin import Probe
@@ -22,18 +20,8 @@ _GENERATIONS = {
 }
 """Names by PCI device identifier, as torch_xla and torch_tpu list them."""
 
-_CHIPS = "no TPU chip is attached to the PCI bus of this machine"
-
-
-def runtime() -> str:
-    """Return the installed runtime for TPUs, `"torch_tpu"` before `"torch_xla"`; empty if there is none."""
-    for distribution, module in (("torch-tpu", "torch_tpu"), ("torch-xla", "torch_xla")):
-        try:
-            importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return module
-    return ""
+NO_CHIP = "no TPU chip is attached to the PCI bus of this machine (is this a TPU virtual machine?)"
+"""Why there is no TPU."""
 
 
 def attached() -> list[str]:
@@ -56,35 +44,28 @@ def probe_tpu_over_xla() -> Probe:
         return Probe(
             available=False, reason=f"PJRT_DEVICE={device}: the backend 'xla' works on it; unset it for TPU"
         )
-    return _chips(attached(), os.environ)
+    return _probe_chips()
 
 
 def probe_xla() -> Probe:
     """Say whether torch_xla would find the device that `PJRT_DEVICE` names, or else a TPU."""
-    device = os.environ.get("PJRT_DEVICE", "").upper()
+    device = os.environ.get("PJRT_DEVICE", "TPU").upper()
+    if device == "TPU":
+        return _probe_chips()
+    asked = os.environ.get(f"{device}_NUM_DEVICES", "")
+    count = int(asked) if asked.isdigit() else 1
     if device == "CPU":
-        count = _number(os.environ, "CPU_NUM_DEVICES") or 1
         # Several processes cannot work together on it: one process has all of these.
         return Probe(available=True, count=1, details={"PJRT_DEVICE": device, "virtual devices": str(count)})
-    if device not in ("", "TPU"):
-        count = _number(os.environ, f"{device}_NUM_DEVICES") or 1
-        return Probe(available=True, count=count, details={"PJRT_DEVICE": device})
-    found = _chips(attached(), os.environ)
-    if found.available or device == "TPU":
-        return found
-    return Probe(
-        available=False, reason=f"{_CHIPS}; for another device set PJRT_DEVICE, such as PJRT_DEVICE=CPU"
-    )
+    return Probe(available=True, count=count, details={"PJRT_DEVICE": device})
 
 
-def _chips(names: list[str], environ: Mapping[str, str]) -> Probe:
+def _probe_chips() -> Probe:
+    names = attached()
     if not names:
-        return Probe(available=False, reason=f"{_CHIPS} (is this a TPU virtual machine?)")
-    visible = environ.get("TPU_VISIBLE_CHIPS") or environ.get("TPU_VISIBLE_DEVICES") or ""
+        return Probe(
+            available=False, reason=f"{NO_CHIP}; for another device set PJRT_DEVICE, such as PJRT_DEVICE=CPU"
+        )
+    visible = os.environ.get("TPU_VISIBLE_CHIPS") or os.environ.get("TPU_VISIBLE_DEVICES") or ""
     count = len([part for part in visible.split(",") if part.strip()]) or len(names)
     return Probe(available=True, count=count, details={"chips": ", ".join(sorted(set(names)))})
-
-
-def _number(environ: Mapping[str, str], name: str) -> int:
-    value = environ.get(name, "")
-    return int(value) if value.isdigit() else 0

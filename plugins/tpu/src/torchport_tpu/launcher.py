@@ -12,9 +12,9 @@ from torchport import envvars
 from torchport.builtin.local import LocalLauncher, replace_process
 from torchport.builtin.ranks import rank_variables
 from torchport.errors import LaunchError
-from torchport.plugin import Job, Launcher, Topology
+from torchport.plugin import Job, Launcher, Topology, missing_runtime
 
-from torchport_tpu import SPMD, chips
+from torchport_tpu import SPMD, TORCH_TPU
 
 PORT = 29500
 """Where the machines of a pod meet unless told otherwise."""
@@ -57,7 +57,7 @@ class XlaLauncher(Launcher):
         )
         if job.environ.get(envvars.STRATEGY) == SPMD:
             replace_process(job.command, {**job.environ, **rank_variables(place)})
-        if chips.runtime() == "torch_tpu":
+        if not missing_runtime(TORCH_TPU):
             return self._native(job, place)
         environ = {
             **job.environ,

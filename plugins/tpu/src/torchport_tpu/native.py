@@ -19,10 +19,7 @@ def probe() -> Probe:
     """Say whether torch_tpu has registered a device with PyTorch. Asks `torch.accelerator`, as torch_tpu demands."""
     names = chips.attached()
     if not names:
-        return Probe(
-            available=False,
-            reason="no TPU chip is attached to the PCI bus of this machine (is this a TPU virtual machine?)",
-        )
+        return Probe(available=False, reason=chips.NO_CHIP)
     found = torch.accelerator.current_accelerator()
     if found is None or found.type != "tpu":
         return Probe(
@@ -59,7 +56,7 @@ class TpuBackend(Backend):
         return torch.device("tpu", torch.accelerator.current_device_index())
 
     def capabilities(self) -> Capabilities:
-        """Declare bf16 autocast, process groups and compilation."""
+        """Declare bf16 autocast, process groups and compilation; no streams, whose contexts do nothing yet."""
         return Capabilities(autocast=frozenset({"bfloat16"}), distributed=True, compile=True)
 
     def count(self) -> int:
@@ -81,10 +78,6 @@ class TpuBackend(Backend):
 
     def _generator(self, device: torch.device) -> Any:
         return self.module.default_generators[device.index or 0]
-
-    def stream(self, device: torch.device) -> Any:
-        """Return `None`: contexts of streams do nothing yet."""
-        return None
 
     def compile_backend(self) -> str:
         """Return torch_tpu's compiler."""

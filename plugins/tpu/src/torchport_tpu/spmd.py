@@ -8,13 +8,29 @@ import numpy as np
 import torch
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from torchport.errors import ConfigurationError
-from torchport.plugin import Prepared, PrepareRequest, RunContext, Strategy, StrategySpec, bind_step
+from torchport.errors import ConfigurationError, LaunchError
+from torchport.plugin import Prepared, PrepareRequest, RunContext, Strategy, StrategySpec, Topology, bind_step
 
-from torchport_tpu.config import SpmdPlugin
+from torchport_tpu.spmd_config import SpmdPlugin
 
 AXIS = "fsdp"
 """Name of the mesh's one axis; torch_xla's own `SpmdFullyShardedDataParallel` works on it too."""
+
+
+def start_process(topology: Topology) -> None:
+    """Let the runtime begin with virtual devices, which it must know before its first tensor.
+
+    Raises:
+        LaunchError: if there are several processes on this machine.
+    """
+    if topology.local_world_size > 1:
+        raise LaunchError(
+            "the strategy 'spmd' takes one process for all devices of a machine",
+            found=f"{topology.local_world_size} processes on this machine, from {topology.source}",
+            hint="--num-processes 1 on one machine, or the number of machines of a pod",
+        )
+    if not xr.is_spmd():
+        xr.use_spmd()
 
 
 class SpmdStrategy(Strategy):
@@ -31,7 +47,7 @@ class SpmdStrategy(Strategy):
         super().__init__(spec, config or SpmdPlugin())
 
     def prepare(self, request: PrepareRequest) -> Prepared:
-        """Move models to the devices, mark their parameters, and bind them to the precision.
+        """Move models to the devices, mark their parameters, bind them to the precision, and spread batches.
 
         Raises:
             ConfigurationError: if the runtime has started without virtual devices.
@@ -44,6 +60,7 @@ class SpmdStrategy(Strategy):
                 hint="make the Accelerator with this strategy before any tensor is put on the device",
             )
         mesh = mesh_of_all_devices()
+        context.backend.batch_sharding = BatchSharding(mesh)  # type: ignore[attr-defined]
         models = []
         for model, place in zip(request.models, request.device_placement, strict=True):
             moved = model.to(context.device) if place else model
@@ -62,6 +79,27 @@ class SpmdStrategy(Strategy):
             axes: list[Any] = [None] * parameter.ndim
             axes[int(np.argmax(parameter.shape))] = AXIS
             xs.mark_sharding(parameter, mesh, tuple(axes))
+
+
+class BatchSharding:
+    """How tensors of any number of dimensions are spread: the first over the first axis of a mesh.
+
+    Args:
+        mesh: The devices. Where several machines have a part each, a batch is the part of its machine.
+    """
+
+    def __init__(self, mesh: xs.Mesh) -> None:
+        self.mesh = mesh
+        self.minibatch = xr.process_count() > 1
+        self._specs: dict[int, Any] = {}
+
+    def xla_spec(self, tensor: torch.Tensor) -> Any:
+        """Return the specification of one tensor; a number is held whole on every device."""
+        if tensor.ndim not in self._specs:
+            axes = (self.mesh.axis_names[0], *[None] * (tensor.ndim - 1)) if tensor.ndim else None
+            self._specs[tensor.ndim] = axes and xs.ShardingSpec(self.mesh, axes, minibatch=self.minibatch)
+        spec = self._specs[tensor.ndim]
+        return None if spec is None else spec.xla_spec(tensor)
 
 
 def mesh_of_all_devices() -> xs.Mesh:

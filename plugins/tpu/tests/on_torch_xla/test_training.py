@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchport.errors import LaunchError
+from torchport.plugin import Topology
 
 WORKERS = Path(__file__).parents[1] / "workers"
 BIN = Path(sys.executable).parent
@@ -59,6 +61,7 @@ def test_reading_ahead_changes_neither_the_end_of_an_epoch_nor_the_type_of_a_bat
     assert (found["pairs"]["ends"], found["stream"]["ends"]) == ([5, 11], [5, 11])
     assert (found["pairs"]["kinds"], found["stream"]["kinds"]) == (["Pair"], ["list"])
     assert found["pairs"]["device"] == "xla:0"
+    assert found["pairs"]["read_ahead"] == "XlaBackend.read_ahead"
 
 
 def test_an_error_of_the_data_set_reaches_the_loop(result):
@@ -144,3 +147,11 @@ def test_a_compiled_model_runs_on_the_device(features):
 
 def test_a_background_checkpoint_is_whole(features):
     assert features["background"] == features["eager_weights"]
+
+
+def test_spmd_takes_one_process_for_all_devices_of_a_machine():
+    from torchport_tpu.spmd import start_process
+
+    with pytest.raises(LaunchError, match="takes one process for all devices of a machine") as refused:
+        start_process(Topology(world_size=2, local_world_size=2, source="local"))
+    assert refused.value.found == "2 processes on this machine, from local"

@@ -110,6 +110,7 @@ def train(model: nn.Module, dataset, folder: Path | None = None) -> dict:
         "kinds": sorted(kinds),
         "ends": [number for number, end in enumerate(ahead) if end],
         "device": str(inputs.device),
+        "read_ahead": loader.prefetch.__qualname__.partition(".<locals>")[0],
         "plan": [
             accelerator.plan.backend,
             accelerator.plan.strategy,
