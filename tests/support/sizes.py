@@ -3,7 +3,9 @@
     python tests/support/sizes.py
 
 prints, for each: the modules that it consists of (those that its descriptor names, and what they import of its own
-package), their lines, and how many of these are code: neither blank nor comment nor documentation.
+package, but not for types alone), their lines, and how many of these are code: neither blank nor comment nor
+documentation. What a package offers of other kinds belongs to these: collectives, strategies and launchers are in
+modules of their own, and their descriptors, the hooks of the other kinds, are not counted either.
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ import ast
 import importlib.util
 import io
 import tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchport.plan.discovery import discover
 from torchport.plan.registry import Entry
+from torchport.plugin import KINDS
 
 LIMIT = 250
 """Most lines of code of a backend."""
+
+_OTHER_KINDS = {kind.hook for kind in KINDS.values()} - {KINDS["backend"].hook}
+"""Hooks that offer anything but backends."""
 
 _NO_CODE = (
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
@@ -39,9 +46,13 @@ class Size:
 
 
 def code_lines(source: str) -> int:
-    """Count the lines of a module that hold code: no blank ones, no comments, no docstrings."""
+    """Count the lines of a module that hold code of a backend: no blank ones, comments, docstrings, other hooks."""
     documentation: set[int] = set()
+    others: set[int] = set()
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name in _OTHER_KINDS:
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            others.update(range(first, (node.end_lineno or 0) + 1))
         body = getattr(node, "body", None)
         if isinstance(body, list):
             for statement in body:
@@ -51,7 +62,7 @@ def code_lines(source: str) -> int:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in _NO_CODE:
             found.update(range(token.start[0], token.end[0] + 1))
-    return len(found - documentation)
+    return len(found - documentation - others)
 
 
 def _file(module: str) -> Path | None:
@@ -70,7 +81,7 @@ def _closure(first: list[str]) -> dict[str, str]:
         if file is None:
             continue
         sources[name] = file.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(sources[name])):
+        for node in _imports(ast.parse(sources[name])):
             named: list[str] = []
             if isinstance(node, ast.Import):
                 named = [alias.name for alias in node.names]
@@ -78,6 +89,14 @@ def _closure(first: list[str]) -> dict[str, str]:
                 named = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             waiting += [one for one in named if one.partition(".")[0] in packages and _is_module(one)]
     return sources
+
+
+def _imports(tree: ast.AST) -> Iterator[ast.AST]:
+    """Give the parts of a module where it may import something when it runs: nothing under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from _imports(node)
 
 
 def _is_module(name: str) -> bool:
