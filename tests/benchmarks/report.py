@@ -72,7 +72,9 @@ def _verdict(result: Result) -> str:
     if result.budget is None:
         return ""
     value = result.budget.value(result.taken)
-    return f"{result.budget.describe()}: {'met' if result.met else 'MISSED'} ({value:.3f})"
+    low, high = result.budget.interval(result.taken)
+    verdict = "met" if result.met else "MISSED"
+    return f"{result.budget.describe()}: {verdict} ({value:.3f}; {low:.3f} to {high:.3f})"
 
 
 def as_json(results: Sequence[Result], load: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ are medians and quartiles over rounds of these paired ratios, not ratios of the 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,13 +56,28 @@ class Budget:
 
     def value(self, taken: Mapping[str, Sequence[float]]) -> float:
         """Return the median of what is limited: a ratio, or seconds."""
+        return statistics.median(self._values(taken))
+
+    def interval(self, taken: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+        """Return where the median lies with a confidence of 95 %.
+
+        Between two of the ordered values, whatever their distribution: the number of values below the true median is
+        binomial, whose standard deviation is half the square root of their number.
+        """
+        values = sorted(self._values(taken))
+        number = len(values)
+        reach = 1.96 * math.sqrt(number) / 2
+        low, high = math.floor(number / 2 - reach), math.ceil(number / 2 + reach)
+        return values[max(low - 1, 0)], values[min(high, number - 1)]
+
+    def _values(self, taken: Mapping[str, Sequence[float]]) -> list[float]:
         ours = taken["torchport"]
         if self.kind == "absolute":
-            return statistics.median(ours)
+            return list(ours)
         pairs = zip(ours, taken[self.against], strict=True)
         if self.kind == "ratio":
-            return statistics.median(a / b for a, b in pairs)
-        return statistics.median(a - b for a, b in pairs)
+            return [a / b for a, b in pairs]
+        return [a - b for a, b in pairs]
 
     def describe(self) -> str:
         if self.kind == "ratio":
@@ -135,6 +151,7 @@ class Result:
                 "text": self.budget.describe(),
                 "limit": self.budget.limit,
                 "value": _round(self.budget.value(self.taken)),
+                "interval": [_round(bound) for bound in self.budget.interval(self.taken)],
                 "met": self.met,
             }
         return entry

@@ -32,7 +32,7 @@ def step(quick: bool) -> list[Result]:
 
 def ddp(quick: bool) -> list[Result]:
     """The same over two processes."""
-    taken = _worker("step", 100 if quick else 400, processes=2)
+    taken = _worker("step", 200 if quick else 1000, processes=2)
     return _steps(taken, "ddp", "Training step, 2 processes, DDP over gloo", 1.02)
 
 
