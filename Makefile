@@ -10,7 +10,7 @@ MEMBERS := pyproject.toml core/pyproject.toml $(PLUGINS:%=%/pyproject.toml) requ
 # What Python has compiled is kept, so that none of the many processes has to do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo sim test test-all test-core test-examples test-trackers test-xla lint matrix bench sizes docs clean
+.PHONY: demo sim ready-to-test test test-all test-core test-examples test-trackers test-xla lint matrix bench sizes docs clean
 
 $(READY): $(MEMBERS)
 	$(PYTHON) -m venv $(VENV)
@@ -35,14 +35,18 @@ $(SIM): $(READY) contrib/sim/pyproject.toml contrib/sim/setup.py $(wildcard cont
 
 sim: $(SIM)
 
+# Types are checked on one core while the other compiles.
+ready-to-test: $(READY)
+	@$(MAKE) --no-print-directory --jobs 2 lint $(SIM)
+
 # Tests of time limits, and those that fork, run by themselves; then the others, two files at a time.
 TESTS = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m
-test: lint $(SIM)
+test: ready-to-test
 	@$(BIN)/python -m pytest -m alone
 	@$(TESTS) "not alone and not long"
 
 # With those that repeat at length what others check in short: 200 kills, all of the matrix in two processes, …
-test-all: lint $(SIM)
+test-all: ready-to-test
 	@$(BIN)/python -m pytest -m alone
 	@$(TESTS) "not alone"
 
