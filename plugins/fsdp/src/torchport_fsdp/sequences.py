@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,15 @@ from torchport.plugin import ParallelismConfig
 
 from torchport_fsdp.exchanges import all_gather, all_to_all
 from torchport_fsdp.ring import ring_attention
+
+
+class AttentionOptions(NamedTuple):
+    """The arguments of `scaled_dot_product_attention` after its three tensors."""
+
+    attn_mask: torch.Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
 
 
 class SpreadAttention:
@@ -71,17 +80,10 @@ class SpreadAttention:
                 found=f"{query.size(-2)} queries and {key.size(-2)} keys on this process",
             )
         with _installed(self.plain):
-            return self.attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
+            return self.attend(query, key, value, AttentionOptions(attn_mask, dropout_p, is_causal, scale))
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """Exchange what is needed, and compute this process's part."""
         raise NotImplementedError
@@ -123,28 +125,22 @@ class GatheredAttention(SpreadAttention):
     """Every process gathers all keys and values."""
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """Gather keys and values, put them in order, and attend to those that each piece of queries may see."""
-        _refuse_mask(attn_mask)
+        _refuse_mask(options.attn_mask)
         keys, values = self._in_order(key), self._in_order(value)
-        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": query.size(-3) != key.size(-3)}
-        if not is_causal:
-            return _result(self.plain(query, keys, values, **options))
+        grouped = query.size(-3) != key.size(-3)
+        given = {"dropout_p": options.dropout_p, "scale": options.scale, "enable_gqa": grouped}
+        if not options.is_causal:
+            return _result(self.plain(query, keys, values, **given))
         parts, mine = [], self.pieces(self.rank)
         for index, queries in zip(mine, query.chunk(len(mine), -2), strict=True):
             length = queries.size(-2)
             seen = length * (index + 1)
             mask = causal_lower_right(length, seen)
             parts.append(
-                self.plain(queries, keys[..., :seen, :], values[..., :seen, :], attn_mask=mask, **options)
+                self.plain(queries, keys[..., :seen, :], values[..., :seen, :], attn_mask=mask, **given)
             )
         return torch.cat(parts, -2)
 
@@ -161,31 +157,24 @@ class RingAttention(SpreadAttention):
     """Keys and values are handed on from process to process."""
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """Attend to one part of keys and values after the other."""
-        _refuse_mask(attn_mask)
-        if dropout_p > 0:
+        _refuse_mask(options.attn_mask)
+        if options.dropout_p > 0:
             raise OperationError(
-                f"dropout_p={dropout_p} in attention, with cp_comm_strategy='alltoall'",
+                f"dropout_p={options.dropout_p} in attention, with cp_comm_strategy='alltoall'",
                 hint="cp_comm_strategy='allgather', or no dropout in attention",
             )
         positions = None
-        if is_causal:
+        if options.is_causal:
             length = query.size(-2) // len(self.pieces(0))
             within = torch.arange(length, device=query.device)
             positions = [
                 torch.cat([within + index * length for index in self.pieces(rank)])
                 for rank in range(self.size)
             ]
-        factor = query.size(-1) ** -0.5 if scale is None else scale
+        factor = query.size(-1) ** -0.5 if options.scale is None else options.scale
         return ring_attention(query, key, value, self.group, scale=factor, positions=positions)
 
 
@@ -193,14 +182,7 @@ class HeadAttention(SpreadAttention):
     """Every process attends to whole sequences with its part of the heads (Ulysses)."""
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """Change parts of sequences for parts of heads, attend, and change back."""
         heads, key_heads = query.size(-3), key.size(-3)
@@ -212,22 +194,18 @@ class HeadAttention(SpreadAttention):
         if key_heads % self.size:  # each process needs those of its own heads
             key, value = (x.repeat_interleave(heads // key_heads, -3) for x in (key, value))
         whole = [self._to_heads(x) for x in (query, key, value)]
-        length = whole[0].size(-2)
-        if attn_mask is not None:
-            if attn_mask.size(-1) != whole[1].size(-2) or attn_mask.size(-2) not in (1, length):
+        length, mask = whole[0].size(-2), options.attn_mask
+        if mask is not None:
+            if mask.size(-1) != whole[1].size(-2) or mask.size(-2) not in (1, length):
                 raise OperationError(
-                    f"a mask of attention of the shape {tuple(attn_mask.shape)}, where sequences are spread",
+                    f"a mask of attention of the shape {tuple(mask.shape)}, where sequences are spread",
                     found=f"whole sequences of {length}",
                     reason="every process attends to whole sequences",
                     hint="a mask for whole sequences, or is_causal=True without one",
                 )
-            if attn_mask.ndim > 2 and attn_mask.size(-3) == heads:
-                attn_mask = attn_mask.chunk(self.size, -3)[self.rank]
-        grouped = whole[0].size(-3) != whole[1].size(-3)
-        attended = self.plain(
-            *whole, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=grouped,
-        )  # fmt: skip
+            if mask.ndim > 2 and mask.size(-3) == heads:
+                options = options._replace(attn_mask=mask.chunk(self.size, -3)[self.rank])
+        attended = self.plain(*whole, **options._asdict(), enable_gqa=whole[0].size(-3) != whole[1].size(-3))
         return self._to_sequence(attended)
 
     def _to_heads(self, tensor: torch.Tensor) -> torch.Tensor:
