@@ -193,3 +193,19 @@ def test_objects_are_saved_and_loaded(accelerator, tmp_path):
             assert {key: value.tolist() for key, value in load(path).items()} == {"a": [0, 1, 2], "b": [1, 1]}
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("way", ["accelerator", "function"])
+def test_a_file_that_cannot_be_written_is_said(accelerator, tmp_path, way, safe):
+    write = accelerator.save if way == "accelerator" else save
+    missing = tmp_path / "nowhere"
+    with pytest.raises(CheckpointError) as caught:
+        write({"a": torch.ones(2)}, missing / "x", safe_serialization=safe)
+    assert str(caught.value) == (
+        f"{missing / 'x'} cannot be written\n"
+        f"  found:  there is no folder {missing}\n"
+        f"  try:    Path('{missing}').mkdir(parents=True) on the main process, before saving"
+    )
+    with pytest.raises(CheckpointError, match=r"cannot be written\n  reason: .*Is a directory"):
+        write({"a": torch.ones(2)}, tmp_path, safe_serialization=safe)

@@ -12,7 +12,7 @@ import torch
 from torchport.checkpoint.model_folder import save_model
 from torchport.checkpoint.project import Checkpoints, HookHandle
 from torchport.checkpoint.state import Contents
-from torchport.checkpoint.weights import model_state, save_weights
+from torchport.checkpoint.weights import model_state, save_object, save_weights
 from torchport.config.kwargs import ProjectConfiguration
 
 
@@ -138,11 +138,14 @@ class CheckpointControl:
         return model_state(self._contents.strategy, model) if unwrap else model.state_dict()
 
     def save(self, obj: Any, f: str | os.PathLike[str], safe_serialization: bool = False) -> None:
-        """Write an object on the main process, with `torch.save` or (tensors by name) as safetensors."""
-        if self._checkpoints.leads and safe_serialization:
-            save_weights(obj, Path(f))
-        elif self._checkpoints.leads:
-            self._contents.runtime.backend.save(obj, Path(f))
+        """Write an object on the main process, with `torch.save` or (tensors by name) as safetensors.
+
+        Raises:
+            CheckpointError: on the main process, if the file cannot be written.
+        """
+        if self._checkpoints.leads:
+            backend = self._contents.runtime.backend
+            save_object(obj, Path(f), save_weights if safe_serialization else backend.save)
 
     def save_model(
         self,

@@ -18,6 +18,7 @@ from torchport.checkpoint.plain import plain, reason_of
 from torchport.checkpoint.weights import (
     check_tensors,
     load_weights,
+    save_object,
     save_weights,
     storage_address,
     weight_names,
@@ -334,7 +335,10 @@ def save(
         f: The file.
         save_on_each_node: Whether the main process of every machine writes.
         safe_serialization: Whether to write safetensors.
+
+    Raises:
+        CheckpointError: on a process that writes, if the file cannot be written.
     """
     topology = current_topology()
     if (topology.local_rank if save_on_each_node else topology.rank) == 0:
-        save_weights(obj, Path(f)) if safe_serialization else torch.save(obj, f)
+        save_object(obj, Path(f), save_weights if safe_serialization else torch.save)

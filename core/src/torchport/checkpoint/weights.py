@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from torchport.errors import CheckpointError
@@ -95,6 +96,30 @@ def save_weights(state: dict[str, Any], path: Path) -> None:
         kept[name] = tensor.contiguous() if storage not in storages else tensor.clone().contiguous()
         storages.add(storage)
     save_file(kept, path, metadata={"format": "pt", _SHARED: json.dumps(shared)})
+
+
+def save_object(obj: Any, path: Path, save: Callable[[Any, Path], Any]) -> None:
+    """Write one file.
+
+    Args:
+        obj: What goes into it.
+        path: The file.
+        save: Writes an object to a path.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise CheckpointError(
+            f"{path} cannot be written",
+            found=f"there is no folder {path.parent}",
+            hint=f"Path({str(path.parent)!r}).mkdir(parents=True) on the main process, before saving",
+        )
+    try:
+        save(obj, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be written", reason=reason) from error
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
