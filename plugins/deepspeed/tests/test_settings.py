@@ -104,9 +104,14 @@ def test_large_models_are_constructed_partitioned(found):
     assert large["whole"]["1.inner.weight"] == [16, 16]
 
 
-def test_a_save_on_one_process_is_an_error_that_names_the_others(found):
-    assert "takes every process, and 1 of 2 did not come" in found["saved_alone"]
-    assert "rank 1 did not call it within 3 s" in found["saved_alone"]
+@pytest.mark.parametrize("what", ["weights", "checkpoint"])
+def test_a_save_on_one_process_is_an_error_that_names_the_others(found, what):
+    assert "takes every process, and 1 of 2 did not come" in found["saved_alone"][what]
+    assert "rank 1 did not call it within 3 s" in found["saved_alone"][what]
+
+
+def test_all_processes_save_after_one_has_tried_alone(found):
+    assert found["saved_alone"]["then"] == ["together"]
 
 
 def test_two_norms_to_clip_to_are_refused(found):

@@ -84,6 +84,7 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint and, with automatic naming, delete the oldest beyond the limit."""
         named = self._named(output_dir)
+        self.contents.strategy.begin_save()
         agreement = Agreement(f"the checkpoint {named} could not be saved", lambda: _older(named))
         target, token = self._agree_on_target(named, output_dir is None, agreement)
         facts = {

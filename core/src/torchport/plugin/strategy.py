@@ -143,6 +143,12 @@ class Strategy(ABC):
         """Load what `optimizer_state_dict` returned; call it on every process."""
         optimizer.load_state_dict(state)
 
+    def begin_save(self) -> None:
+        """Be told on each process that a checkpoint is about to be saved, before the processes exchange anything.
+
+        A strategy whose saves take every process can raise here where some do not come.
+        """
+
     def save_shards(
         self,
         models: Mapping[int, torch.nn.Module],

@@ -25,7 +25,7 @@ from torchport_deepspeed.dummies import DummyOptim, DummyScheduler
 from torchport_deepspeed.engine import DeepSpeedEngineWrapper
 from torchport_deepspeed.helpers import gathered_parameters
 from torchport_deepspeed.resolve import resolve
-from torchport_deepspeed.together import guard
+from torchport_deepspeed.together import come, guard
 from torchport_deepspeed.wrappers import DeepSpeedSchedulerWrapper
 
 
@@ -286,6 +286,15 @@ class DeepSpeedStrategy(Strategy):
     ) -> None:
         """Load the state of an ordinary optimizer; call it on every process."""
         checkpoint.load_whole_optimizer(model, optimizer, state)
+
+    def begin_save(self) -> None:
+        """Wait until every process is about to save: each engine holds a part of the states.
+
+        Raises:
+            CheckpointError: if other processes do not come.
+        """
+        if self.engines and Runtime.current is not None:
+            come("save_state()", Runtime.current.topology)
 
     def save_shards(
         self,

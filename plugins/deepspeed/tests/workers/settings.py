@@ -179,14 +179,21 @@ def large():
 def saved_alone():
     accelerator = new(DeepSpeedPlugin(zero_stage=3))
     model = prepared(accelerator)[0]
-    text = ""
-    if accelerator.is_main_process:
+    texts = {}
+    saves = {
+        "weights": lambda: accelerator.get_state_dict(model),
+        "checkpoint": lambda: accelerator.save_state(FOLDER / "alone"),
+    }
+    for what, save in saves.items() if accelerator.is_main_process else ():
         try:
-            accelerator.get_state_dict(model)
+            save()
         except TorchportError as error:
-            text = str(error)
+            texts[what] = str(error)
     torch.distributed.barrier()
-    return text
+    accelerator.save_state(FOLDER / "together")
+    return texts | {
+        "then": sorted(path.name for path in FOLDER.glob("*") if (path / "manifest.json").is_file())
+    }
 
 
 @reports
