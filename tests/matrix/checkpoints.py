@@ -1,7 +1,9 @@
 """Save under every strategy, be killed, and go on in another job; carry whole weights from any strategy to any other.
 
-checkpoints.py save FOLDER    train, save and train on under each strategy; be killed while saving once more
-checkpoints.py load FOLDER    load each and train on; begin under each with the whole weights of each
+checkpoints.py save FOLDER              train, save and train on under each strategy
+checkpoints.py die FOLDER CELL RANK     train anew under one, and save in the same place: a rank is killed amid a file
+checkpoints.py load FOLDER              load each and train on; begin under each with the whole weights of each
+checkpoints.py go-on FOLDER CELL...     load some and train on
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import resource
 import signal
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,6 +33,7 @@ CELLS = [
     Cell("deepspeed 2", "bf16", 3, 2),  # with weights in float32 beside those in bfloat16
 ]
 WHOLE = [Cell(layout, "no", 1, 2) for layout in ("ddp", "fsdp2 full", "deepspeed 2", "deepspeed 3")]
+AMID = 4096  # bytes: less than any process writes of random numbers, weights or parts of them
 BEFORE, AFTER = range(WINDOWS // 2), range(WINDOWS // 2, WINDOWS)
 
 
@@ -44,28 +49,29 @@ def save(folder: Path) -> dict:
     return results
 
 
-def die(folder: Path) -> None:
-    """Be killed when the engine has written its files, and before the checkpoint is complete."""
-    cell = Cell("deepspeed 2", "no", 1, 2)
-    accelerator, model, optimizer = start(cell)
-    train(accelerator, model, optimizer, cell, BEFORE)
-    write = model.save_checkpoint
+def die(folder: Path, name: str, rank: int) -> None:
+    """Replace a checkpoint, and be killed by the kernel when a file that this rank writes has `AMID` bytes."""
+    cell = next(cell for cell in CELLS if cell.name == name)
+    run = start(cell, other())
+    train(*run, cell, BEFORE)
+    if run[0].process_index == rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (AMID, AMID))
+    run[0].save_state(folder / name)
 
-    def write_and_die(*args, **kwargs):
-        write(*args, **kwargs)
-        if accelerator.process_index == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    object.__setattr__(model, "save_checkpoint", write_and_die)
-    accelerator.save_state(folder / cell.name)
+def go_on(folder: Path, cells: Iterable[Cell]) -> dict:
+    results = {}
+    for cell in cells:
+        run = start(cell, other())
+        run[0].load_state(folder / cell.name)
+        results[cell.name] = train(*run, cell, AFTER)
+    return results
 
 
 def load(folder: Path) -> dict:
-    results: dict = {"goes on": {}, "whole": {}, "begins": {}, "refused": {}}
-    for cell in CELLS:
-        run = start(cell, other())
-        run[0].load_state(folder / cell.name)
-        results["goes on"][cell.name] = train(*run, cell, AFTER)
+    results: dict = {"goes on": go_on(folder, CELLS), "whole": {}, "begins": {}, "refused": {}}
     for source in WHOLE:
         plain = other()
         load_checkpoint_in_model(plain, folder / f"whole {source.name}", strict=True)
@@ -100,14 +106,18 @@ def other() -> torch.nn.Module:
 
 
 def main() -> None:
-    what, folder = sys.argv[1], Path(sys.argv[2])
+    what, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     faulthandler.dump_traceback_later(4 * LIMIT, exit=True)
-    results = save(folder) if what == "save" else load(folder)
+    if what == "die":
+        die(folder, names[0], int(names[1]))
+        return
+    if what == "go-on":
+        results = {"goes on": go_on(folder, [cell for cell in CELLS if cell.name in names])}
+    else:
+        results = save(folder) if what == "save" else load(folder)
     (folder / f"{what}{os.environ['RANK']}.json").write_text(json.dumps(results))
-    if what == "save":
-        die(folder)
     AcceleratorState._reset_state()
 
 
