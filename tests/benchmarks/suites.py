@@ -58,6 +58,22 @@ def deepspeed(quick: bool) -> list[Result]:
     return _steps(taken, "deepspeed", "Training step, 2 processes, ZeRO-2", 1.03, baseline="deepspeed")
 
 
+def fp8(quick: bool) -> list[Result]:
+    """A loop with products in 8 bits, beside torchao by hand."""
+    taken = _worker("fp8", 60 if quick else 200)
+    notes = [
+        "Two residual blocks of 64 and 128 units in 8 bits, tensor-wise scales, the layers before and after them in"
+        " bfloat16, SGD, batches of 32; FP8 is emulated on processors. `torchao` is `convert_to_float8_training` and"
+        " `torch.autocast` by hand. After the first epoch all contestants had the same parameters.",
+    ]
+    unit: dict[str, Any] = {"baseline": "torchao", "unit": "µs a step", "scale": 1e6}
+    budget, title = Budget("ratio", 1.03, "torchao"), "Training step, 1 process, FP8 with torchao"
+    return [
+        Result("fp8", title, taken["wall"], **unit, budget=budget, notes=notes),
+        Result("fp8-processor", f"{title}, processor time", taken["processor"], **unit),
+    ]
+
+
 def _steps(taken: Any, name: str, title: str, limit: float, baseline: str = "torch") -> list[Result]:
     notes = [
         "A multi-layer perceptron of 32, 64 and 10 units, SGD, StepLR, batches of 32 per process from a TensorDataset;"
@@ -356,6 +372,7 @@ SUITES: dict[str, Callable[[bool], list[Result]]] = {
     "ddp": ddp,
     "deepspeed": deepspeed,
     "fsdp": fsdp,
+    "fp8": fp8,
     "loader": loader,
     "help": help_,
     "launch": launch,

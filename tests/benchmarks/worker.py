@@ -1,4 +1,4 @@
-"""What runs inside the measured processes: `worker.py step|engine|gather|save OUT [options]`.
+"""What runs inside the measured processes: `worker.py step|engine|fsdp|fp8|gather|loader|save OUT [options]`.
 
 `run.py` starts it, with torchrun where two processes are wanted, and reads the durations that rank 0 writes to OUT.
 """
@@ -268,9 +268,8 @@ def _fabric_save(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "what", choices=("step", "engine", "gather", "loader", "save", "save-background", "fsdp")
-    )
+    kinds = ("step", "engine", "gather", "loader", "save", "save-background", "fsdp", "fp8")
+    parser.add_argument("what", choices=kinds)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--megabytes", type=int, default=200)
@@ -287,6 +286,10 @@ def main() -> None:
         from sharded import CONTESTANTS as SHARDED
 
         taken = step(args.rounds, SHARDED)
+    elif args.what == "fp8":
+        from float8 import CONTESTANTS as FLOAT8
+
+        taken = step(args.rounds, FLOAT8)
     else:
         taken = {
             "step": step,
