@@ -74,7 +74,7 @@ test-examples: $(EXAMPLES)/.ready
 
 # The core's tests where no plugin but the one for processors is installed.
 test-core: $(READY)
-	@$(BIN)/python tests/packaging/core_alone.py tests/unit tests/training tests/integration -m "not plugins"
+	@$(BIN)/python tests/packaging/core_alone.py tests/unit tests/training tests/integration
 
 # torch_xla on PJRT's CPU, with the PyTorch that it goes with; and what torch_tpu says on a machine without a TPU.
 XLA := .venv-xla

@@ -15,6 +15,7 @@ from torchport.plan.selection import Request, plan
 from torchport.plugin import Probe, Topology
 from torchport.testing.stubs import StubDevice, installed
 
+pytestmark = pytest.mark.plugins
 WORKER = Path(__file__).parent / "workers" / "all_backends.py"
 SIZES = Path(__file__).parents[1] / "support" / "sizes.py"
 HOSTS = {"cpu", "sim"}
