@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from torchport.errors import CheckpointError
 
@@ -216,9 +216,33 @@ class BackgroundSave:
             ) from error
 
     def _report(self) -> None:
-        """Say at the end of the program that it failed, where nobody has asked."""
+        """Say at the end of the program that it failed, where nobody has asked, and let its exit status be 120."""
         try:
             self.join()
             self.check()
         except CheckpointError as error:
             print(f"torchport: {error}", file=sys.stderr)  # noqa: T201
+            if sys.stderr is not None:
+                sys.stderr = cast(TextIO, _FailedCleanup(sys.stderr))
+
+
+class _FailedCleanup:
+    """Standard error that the interpreter fails to flush as it ends: the exit status is 120 then (`sys.exit`).
+
+    Python has no other way from an exit handler to a status: it has been decided by then. All handlers still run.
+
+    Args:
+        stream: Standard error, which takes all that is written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        """Flush; raise if the interpreter itself asks, which no Python code has called."""
+        self._stream.flush()
+        if sys._getframe().f_back is None:
+            raise OSError("a checkpoint could not be saved")

@@ -46,7 +46,7 @@ class CheckpointControl:
             blocking: Whether to return when the checkpoint is on the disk. If not, this returns when the state has
                 been copied to host memory (as much as the files of this process hold), and a thread writes; the next
                 save waits for it. An error is raised by the next `save_state` or `load_state`, by
-                `wait_for_checkpoint` or `end_training`, or printed when the program ends.
+                `wait_for_checkpoint` or `end_training`, or printed when the program ends, with the exit code 120.
 
         Returns:
             The folder.
