@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 import pytest
 import torchport_megatron
 from torchport import utils
@@ -14,7 +12,7 @@ from torchport.config.plugins import apply_settings, plugin_settings
 from torchport.errors import ConfigurationError, TorchportError, UnsupportedOperationError
 from torchport.plan.discovery import discover
 from torchport.plan.selection import Request, plan
-from torchport.plugin import Topology
+from torchport.plugin import Topology, distributions
 from torchport_megatron import MegatronLMDummyDataLoader, MegatronLMPlugin
 from torchport_megatron.check import check
 
@@ -86,14 +84,10 @@ def test_a_machine_without_cuda_is_refused_before_anything_is_built():
 
 
 def test_without_megatron_core_the_error_says_what_to_install(monkeypatch):
-    found = importlib.metadata.version
-
-    def version(name):
-        if name == "megatron-core":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = distributions.version_of
+    monkeypatch.setattr(
+        distributions, "version_of", lambda name: None if name == "megatron-core" else found(name)
+    )
     with pytest.raises(TorchportError, match="megatron-core"):
         planned(strategy="megatron")
 

@@ -6,13 +6,9 @@ A plugin that raises, misspells a hook or returns a bad descriptor is unregister
 
 from __future__ import annotations
 
-import difflib
-import importlib.metadata
-import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -26,19 +22,23 @@ from torchport.plan.registry import (
     Installed,
     Plugin,
     PluginFailure,
+    load_reference,
     plugin_key,
 )
 from torchport.plugin import hookspecs
+from torchport.plugin.distributions import Announcement, announcements, version_of
 from torchport.plugin.installation import missing_runtime
 from torchport.plugin.requirements import name_of, plainly_met
 from torchport.plugin.specs import KINDS, Finding, Kind
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+_MARK = f"{hookspecs.PROJECT}_impl"
 _HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("torchport_"))
 
 
-def discover(
-    environ: Mapping[str, str], *, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None
-) -> Installed:
+def discover(environ: Mapping[str, str], *, entry_points: Iterable[EntryPoint] | None = None) -> Installed:
     """Register the core's own plugins and those that installed distributions announce.
 
     Args:
@@ -46,52 +46,47 @@ def discover(
         entry_points: The announcements to consider; by default those of all installed distributions.
     """
     if entry_points is None:
-        entry_points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
+        announced: Iterable[Announcement] = announcements(hookspecs.PROJECT)
+    else:
+        announced = map(Announcement.of, entry_points)
+    manager = _Manager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     installed = Installed()
-    core_version = _core_version()
+    core_version = version_of(CORE) or ""  # not installed: run from a source tree
     registered: list[tuple[Any, Plugin]] = []
+    entries: list[Entry] = []
 
     own = Plugin("core", CORE, core_version)
-    if _register(manager, builtin, own, installed):
+    if _register(manager, builtin, own, entries, installed):
         registered.append((builtin, own))
-    for announced in _allowed(map(_read, entry_points), environ, installed):
-        module = _import(announced, core_version, installed)
-        if module is not None and _register(manager, module, announced.plugin, installed):
-            registered.append((module, announced.plugin))
+    for one in _allowed(announced, environ, installed):
+        plugin = Plugin(one.name, one.distribution, one.version)
+        module = _import(one, plugin, core_version, installed)
+        if module is not None and _register(manager, module, plugin, entries, installed):
+            registered.append((module, plugin))
 
-    for entry in by_script.entries():
-        installed.add([entry])
+    installed.add([*entries, *by_script.entries()])
     for module, plugin in registered:
         _listen(manager, module, plugin, [other for other, _ in registered if other is not module], installed)
     installed.warnings += misspelt(environ, installed)
     return installed
 
 
-@dataclass(frozen=True, slots=True)
-class _Announced:
-    """An announcement, and what the metadata of its distribution says: parsed once, which takes a millisecond."""
+class _Manager(pluggy.PluginManager):
+    """Looks at what is marked as a hook only; pluggy would examine each name of a module for half a millisecond."""
 
-    point: importlib.metadata.EntryPoint
-    plugin: Plugin
-    requires: tuple[str, ...] = ()
-
-
-def _read(point: importlib.metadata.EntryPoint) -> _Announced:
-    if point.dist is None:
-        return _Announced(point, Plugin(point.name, point.module, ""))
-    metadata = point.dist.metadata
-    requires = metadata.get_all("Requires-Dist") or point.dist.requires or ()
-    return _Announced(point, Plugin(point.name, metadata["Name"], metadata["Version"]), tuple(requires))
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
+        if isinstance(plugin, ModuleType) and not hasattr(vars(plugin).get(name), _MARK):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
 
 
 def _allowed(
-    announced: Iterable[_Announced], environ: Mapping[str, str], installed: Installed
-) -> Iterable[_Announced]:
+    announced: Iterable[Announcement], environ: Mapping[str, str], installed: Installed
+) -> Iterable[Announcement]:
     """Apply the allow-list and the deny-list, and warn of names in them that nothing answers to."""
-    ordered = sorted(announced, key=lambda one: (one.plugin.name, one.plugin.distribution))
-    present = {plugin_key(one.plugin.name) for one in ordered}
+    ordered = sorted(announced, key=lambda one: (one.name, one.distribution))
+    present = {plugin_key(one.name) for one in ordered}
     listed = {name: envvars.names(environ, name) for name in (envvars.PLUGINS, envvars.DISABLE_PLUGINS)}
     for variable, names in listed.items():
         for name in names or ():
@@ -102,7 +97,7 @@ def _allowed(
                 )
     allow, deny = ({plugin_key(name) for name in names or ()} for names in listed.values())
     for one in ordered:
-        name = one.plugin.name
+        name = one.name
         if plugin_key(name) in deny:
             installed.denied[name] = f"it is listed in {envvars.DISABLE_PLUGINS}"
         elif listed[envvars.PLUGINS] is not None and plugin_key(name) not in allow:
@@ -111,28 +106,27 @@ def _allowed(
             yield one
 
 
-def _core_version() -> str:
-    try:
-        return importlib.metadata.version(CORE)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return ""
-
-
-def _import(announced: _Announced, core_version: str, installed: Installed) -> Any:
+def _import(announced: Announcement, plugin: Plugin, core_version: str, installed: Installed) -> Any:
     """Import what an entry point names, unless its distribution is made for another core."""
     problem = _core_requirement(announced, core_version) if core_version else ""
     if problem:
-        installed.failures.append(PluginFailure(announced.plugin, problem))
+        installed.failures.append(PluginFailure(plugin, problem))
         return None
     try:
-        return announced.point.load()
+        return load_reference(announced.reference)
     except (Exception, SystemExit) as error:
         reason = f"import failed: {type(error).__name__}: {error}"
-        installed.failures.append(PluginFailure(announced.plugin, reason, traceback.format_exc()))
+        installed.failures.append(PluginFailure(plugin, reason, _traceback()))
         return None
 
 
-def _core_requirement(announced: _Announced, core_version: str) -> str:
+def _traceback() -> str:
+    import traceback
+
+    return traceback.format_exc()
+
+
+def _core_requirement(announced: Announcement, core_version: str) -> str:
     """Check the distribution's required range of the core, before anything of it is imported."""
     own = [text for text in announced.requires if name_of(text) == CORE]
     wanted = [text for text in own if not plainly_met(text, core_version)]
@@ -143,22 +137,24 @@ def _core_requirement(announced: _Announced, core_version: str) -> str:
     return f"it {problem}" if problem else ""
 
 
-def _register(manager: pluggy.PluginManager, module: Any, plugin: Plugin, installed: Installed) -> bool:
-    """Register one plugin and collect what it offers; on any fault, take it out whole."""
+def _register(
+    manager: pluggy.PluginManager, module: Any, plugin: Plugin, entries: list[Entry], installed: Installed
+) -> bool:
+    """Register one plugin and add what it offers to `entries`; on any fault, take it out whole."""
     others = [other for other in manager.get_plugins() if other is not module]
     label = f"{plugin.distribution}:{plugin.name}"
     try:
         manager.register(module, label)
         _refuse_unknown_hooks(manager, module)
-        entries = [entry for kind in KINDS.values() for entry in _collect(manager, kind, plugin, others)]
-        _refuse_repeated_names(entries)
+        offered = [entry for kind in KINDS.values() for entry in _collect(manager, kind, plugin, others)]
+        _refuse_repeated_names(offered)
     except (Exception, SystemExit) as error:
         if manager.has_plugin(label):
             manager.unregister(name=label)
         reason = str(error) if isinstance(error, TorchportError) else f"{type(error).__name__}: {error}"
-        installed.failures.append(PluginFailure(plugin, reason, traceback.format_exc()))
+        installed.failures.append(PluginFailure(plugin, reason, _traceback()))
         return False
-    installed.add(entries)
+    entries += offered
     installed.plugins.append(plugin)
     return True
 
@@ -168,6 +164,8 @@ def _refuse_unknown_hooks(manager: pluggy.PluginManager, module: Any) -> None:
     implemented = {caller.name: caller for caller in manager.get_hookcallers(module) or ()}
     for name, caller in implemented.items():
         if not caller.has_spec():
+            import difflib
+
             near = difflib.get_close_matches(name, _HOOKS, n=1, cutoff=0.6)
             raise PluginError(f"there is no hook {name!r}", hint=f"did you mean {near[0]!r}?" if near else "")
     if isinstance(module, ModuleType):

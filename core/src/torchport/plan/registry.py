@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchport.aliases import distribution_of
 from torchport.errors import (
@@ -24,8 +23,7 @@ CORE = "torchport-core"
 """Distribution name of the core, whose own plugins are always registered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plugin:
+class Plugin(NamedTuple):
     """A registered plugin: its entry-point name and the distribution it came in."""
 
     name: str
@@ -36,8 +34,7 @@ class Plugin:
         return f"{self.distribution} {self.version}".strip()
 
 
-@dataclass(frozen=True, slots=True)
-class PluginFailure:
+class PluginFailure(NamedTuple):
     """A plugin that could not be registered, and why."""
 
     plugin: Plugin
@@ -45,8 +42,7 @@ class PluginFailure:
     traceback: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A spec and the plugin that brought it."""
 
     spec: Spec
@@ -64,10 +60,10 @@ def plugin_key(name: str) -> str:
 
 
 def load_reference(reference: str) -> Any:
-    """Import what `"module:Name"` refers to."""
+    """Import what `"module:Name"` refers to; `"module"` alone is the module."""
     module, _, name = reference.partition(":")
     value: Any = importlib.import_module(module)
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         value = getattr(value, part)
     return value
 
@@ -107,7 +103,7 @@ class Installed:
         return tuple(entry.spec for _, entry in sorted(self.entries[kind].items()))
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Add the specs of one plugin.
+        """Add specs, of one plugin or of several.
 
         A name (or alias) that several plugins offer is a clash: none of their specs can be used under any of
         its names, so that the order of installation decides nothing. The core's own specs always stay.
@@ -178,6 +174,8 @@ class Installed:
                     reason=failure.reason,
                     hint="torchport doctor --verbose",
                 )
+        import difflib
+
         known = [label for entry in self.entries[kind].values() for label in entry.labels]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         install = f"pip install {distribution_of(kind, name)}"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from torchport.plugin.requirements import is_plain, name_of, plainly_met
+from torchport.plugin import distributions
+from torchport.plugin.requirements import plain_name, plainly_met
 from torchport.plugin.specs import Probe
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 def missing_runtime(requirements: Iterable[str]) -> str:
@@ -26,32 +30,26 @@ def missing_runtime(requirements: Iterable[str]) -> str:
 
 
 def _missing(text: str) -> str:
-    """Say why a requirement is not met; `packaging`, which is slow to import, judges what is in doubt."""
-    absent = f"needs {text}, which is not installed: pip install '{text}'"
-    if is_plain(text):
-        version = _version(name_of(text))
-        if version is None:
-            return absent
-        if plainly_met(text, version):
+    """Say why a requirement is not met; `packaging`, which is slow to import, judges those that are not plain."""
+    name, requirement = plain_name(text), None
+    if not name:
+        requirement = _parsed(text)
+        name = requirement.name
+        if requirement.marker is not None and not requirement.marker.evaluate():
             return ""
+    version = distributions.version_of(name)
+    if version is None:
+        return f"needs {text}, which is not installed: pip install '{text}'"
+    met = plainly_met(text, version)
+    if met is None:
+        met = (requirement or _parsed(text)).specifier.contains(version, prereleases=True)
+    return "" if met else f"needs {text}, found {name} {version}: pip install --upgrade '{text}'"
+
+
+def _parsed(text: str) -> Requirement:
     from packaging.requirements import Requirement
 
-    requirement = Requirement(text)
-    if requirement.marker is not None and not requirement.marker.evaluate():
-        return ""
-    version = _version(requirement.name)
-    if version is None:
-        return absent
-    if requirement.specifier.contains(version, prereleases=True):
-        return ""
-    return f"needs {text}, found {requirement.name} {version}: pip install --upgrade '{text}'"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return Requirement(text)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Requirements such as `name>=1.0,<2`, judged without importing `packaging` where they are that plain.
 
-Starting a script must not wait for a parser of everything PEP 508 allows. What is not plain, or not met, is
-judged by `packaging`.
+Starting a script must not wait for a parser of everything PEP 508 allows. What is not plain is judged by
+`packaging`.
 """
 
 from __future__ import annotations
@@ -9,30 +9,50 @@ from __future__ import annotations
 import operator
 import re
 
-_NUMBERS = r"\d+(?:\.\d+)*"
-_BOUND = rf"\s*(>=|<=|<|>)\s*({_NUMBERS})\s*"
-_PLAIN = re.compile(rf"\s*([A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)\s*((?:{_BOUND})(?:,{_BOUND})*)?\s*")
+_NAMED = re.compile(r"\s*([A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)\s*(.*)", re.DOTALL)
+_BOUND = re.compile(r"\s*(>=|<=|<|>)\s*(\d+(?:\.\d+)*)\s*")
+_VERSION = re.compile(r"(\d+(?:\.\d+)*)(?:\+[a-z0-9.]*[a-z0-9])?")  # bounds do not look at +cpu
 _COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt}
 
 
-def is_plain(requirement: str) -> bool:
-    """Whether a requirement is a name with lower and upper bounds of plain numbers, and therefore valid."""
-    return _PLAIN.fullmatch(requirement) is not None
+def normalized(name: str) -> str:
+    """Return a distribution's name in the form in which names are compared (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def name_of(requirement: str) -> str:
-    """Return the normalized name that a requirement begins with (PEP 503); empty if there is none."""
-    found = re.match(r"\s*([A-Za-z0-9][\w.-]*)", requirement)
-    return re.sub(r"[-_.]+", "-", found[1]).lower().rstrip("-") if found else ""
+    """Return the normalized name that a requirement begins with; empty if there is none."""
+    found = _NAMED.fullmatch(requirement)
+    return normalized(found[1]) if found is not None else ""
 
 
-def plainly_met(requirement: str, version: str) -> bool:
-    """Whether a plain requirement is met by a version of plain numbers; `False` means: ask `packaging`."""
-    plain = _PLAIN.fullmatch(requirement)
-    if plain is None or not re.fullmatch(_NUMBERS, version):
-        return False
-    bounds = re.findall(_BOUND, plain[2] or "")
-    return all(_COMPARE[sign](*_aligned(version, bound)) for sign, bound in bounds)
+def plain_name(requirement: str) -> str:
+    """Return the name in a requirement that is a name with bounds of plain numbers; empty if it is another."""
+    plain = _read(requirement)
+    return plain[0] if plain is not None else ""
+
+
+def plainly_met(requirement: str, version: str) -> bool | None:
+    """Whether a plain requirement is met by a version of plain numbers; `None` means: ask `packaging`."""
+    plain = _read(requirement)
+    numbers = _VERSION.fullmatch(version)
+    if plain is None or numbers is None:
+        return None
+    return all(_COMPARE[sign](*_aligned(numbers[1], bound)) for sign, bound in plain[1])
+
+
+def _read(requirement: str) -> tuple[str, list[tuple[str, str]]] | None:
+    """Split a plain requirement into its name, and signs and versions; `None` if it is not plain."""
+    named = _NAMED.fullmatch(requirement)
+    if named is None:
+        return None
+    bounds = []
+    for part in named[2].split(",") if named[2] else ():
+        bound = _BOUND.fullmatch(part)
+        if bound is None:
+            return None
+        bounds.append((bound[1], bound[2]))
+    return named[1], bounds
 
 
 def _aligned(first: str, second: str) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torchport.errors import InvalidSpecError
-from torchport.plugin.requirements import is_plain
+from torchport.plugin.requirements import plain_name
 
 HOOK_API = 1
 """Number of the seam. A core accepts descriptors of this number and of the one before."""
@@ -163,7 +163,7 @@ class Spec:
 
 
 def _check_requirement(where: str, requirement: str) -> None:
-    if isinstance(requirement, str) and is_plain(requirement):
+    if isinstance(requirement, str) and plain_name(requirement):
         return
     from packaging.requirements import InvalidRequirement, Requirement
 

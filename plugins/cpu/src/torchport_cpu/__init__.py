@@ -73,5 +73,5 @@ def probe() -> Probe:
     return Probe(
         available=True,
         count=1,
-        details={"processor": platform.processor() or platform.machine(), "cores": str(os.cpu_count())},
+        details={"processor": platform.machine(), "cores": str(os.cpu_count())},
     )
