@@ -6,17 +6,14 @@ Accelerate 1.9. Nothing here is code that acts on a name: readers look spellings
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchport import envvars
 from torchport.errors import ConfigurationError
 
 
-@dataclass(frozen=True, slots=True)
-class Inert:
+class Inert(NamedTuple):
     """A documented key that means nothing here; other values than these ask for something that is not done.
 
     Attributes:
@@ -207,8 +204,7 @@ KEYWORD_FLAGS = {"cpu": ("backend", "cpu")}
 # --- `torchport.utils.is_..._available` ---
 
 
-@dataclass(frozen=True, slots=True)
-class Availability:
+class Availability(NamedTuple):
     """What a documented check asks for.
 
     Attributes:
@@ -411,6 +407,8 @@ def resolve_keywords(
             raise TypeError(f"Accelerator takes no argument {keyword!r}; write {KEYWORDS_MOVED[keyword]}")
         else:
             candidates = [*KEYWORD_SLOTS, *KEYWORD_FLAGS, *slots, *known]
+            import difflib
+
             near = difflib.get_close_matches(keyword, candidates, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"Accelerator takes no argument {keyword!r}{hint}")

@@ -6,11 +6,10 @@ Variables of plugins' settings are derived from their configuration dataclasses 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Variable:
+class Variable(NamedTuple):
     """An environment variable and what it does."""
 
     name: str
@@ -40,6 +39,8 @@ DYNAMO_DYNAMIC = "TORCHPORT_DYNAMO_USE_DYNAMIC"
 DYNAMO_REGIONS = "TORCHPORT_DYNAMO_USE_REGIONAL_COMPILATION"
 RESUME = "TORCHPORT_RESUME"
 ORIGINS = "TORCHPORT_ORIGINS"
+PARALLELISM = "PARALLELISM_CONFIG_"
+"""How the names of the variables of a `ParallelismConfig` begin."""
 RANK = "RANK"
 WORLD_SIZE = "WORLD_SIZE"
 LOCAL_RANK = "LOCAL_RANK"

@@ -6,8 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,13 +16,15 @@ from torchport.cli import preflight
 from torchport.config import schema
 from torchport.config.launch import LaunchConfig
 from torchport.config.layers import Layer, Resolved, check_inert, resolve
-from torchport.config.plugins import PluginSettings, apply_settings, plugin_settings, unreadable
 from torchport.config.schema import Setting
 from torchport.errors import ConfigurationError
 from torchport.plan.discovery import discover
 from torchport.plan.registry import Installed, load_reference
 from torchport.plan.selection import Request, check_names, choose_backend, choose_launcher
 from torchport.plugin.launcher import Job, Launcher
+
+if TYPE_CHECKING:
+    from torchport.config.plugins import PluginSettings
 
 _ALL_DEVICES = "all"
 
@@ -177,17 +178,21 @@ class LaunchCommand(click.Command):
     def _load_plugins(self) -> None:
         if self._plugin_options is not None:
             return
+        from torchport.config.plugins import plugin_settings
+
         self._plugin_options = {}
         self.plugins, self._broken = plugin_settings(discover(os.environ))
         known = {item.flag for item in _SETTINGS.values()}
         for plugin in self.plugins:
             for flag, item in plugin.by_flag.items():
                 if flag not in known and flag not in self._plugin_options:
-                    named = replace(item, flag=flag, name=f"plugin_{flag.replace('-', '_')}", short="")
+                    named = item._replace(flag=flag, name=f"plugin_{flag.replace('-', '_')}", short="")
                     self._plugin_options[flag] = _option(named, hidden=True)
 
 
 def _unknown_flag(name: str, broken: Mapping[str, str]) -> str:
+    from torchport.config.plugins import unreadable
+
     owner = aliases.plugin_of(name)
     hint = f" It belongs to a plugin: pip install torchport-{owner}" if owner else ""
     reason = unreadable(broken)
@@ -249,6 +254,8 @@ def launch_script(
     installed = discover(environ)
     check_names(Request(), resolved.environ, installed)
     if plugin_flags or any(content for content in resolved.sections.values()):
+        from torchport.config.plugins import apply_settings, plugin_settings
+
         plugins, broken = plugin_settings(installed)
         resolved = apply_settings(resolved, plugin_flags, plugins, broken)
     request = Request(settings=resolved.sections, config_file=resolved.config_file)

@@ -6,17 +6,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchport.config import schema
+from torchport import envvars
 from torchport.config.layers import Resolved
 from torchport.errors import ConfigurationError, LaunchError
 from torchport.plan.decision import Decision
-from torchport.plan.mesh import check_mesh, mesh_asked_for
 from torchport.plan.registry import Installed
 from torchport.plan.request import Request, Sources, find_spec
-from torchport.plugin.parallelism import ParallelismConfig
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
+
+    from torchport.plugin.parallelism import ParallelismConfig
 
 
 def worker_command(resolved: Resolved, script: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,10 +78,10 @@ def mesh(resolved: Resolved, request: Request, installed: Installed) -> tuple[Pa
     Raises:
         TorchportError: if it is not valid, or the strategy that the launch asks for cannot lay it out.
     """
-    section = schema.section_of(ParallelismConfig)
-    variables = {item.env for item in schema.settings_of(ParallelismConfig)}
-    if not request.settings.get(section) and not variables & resolved.environ.keys():
+    if not request.settings and not any(name.startswith(envvars.PARALLELISM) for name in resolved.environ):
         return None, ""
+    from torchport.plan.mesh import check_mesh, mesh_asked_for
+
     sources = Sources(request, resolved.environ, installed)
     found, source = mesh_asked_for(sources)
     ask = sources.ask("strategy")

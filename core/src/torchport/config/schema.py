@@ -10,7 +10,6 @@ Each configurable thing is one dataclass whose fields are made by `setting`. A c
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import functools
 import types
@@ -65,8 +64,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(typing.NamedTuple):
     """A resolved field of a configuration dataclass; an empty name means it cannot be set that way."""
 
     name: str
@@ -328,5 +326,7 @@ def _describe(kind: Any) -> str:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `did you mean …?` with the nearest known name; empty if none is near."""
+    import difflib
+
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else ""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import Spec, Topology
+
+if TYPE_CHECKING:
+    from torchport.plugin.parallelism import ParallelismConfig
 
 AUTOMATIC = "automatic"
 """First word of `Decision.source` where nobody asked for anything."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
+class Rejection(NamedTuple):
     """A candidate that was not taken, and why."""
 
     name: str
@@ -148,7 +149,7 @@ class Plan:
                     "choice": list(decision.choice),
                     "source": decision.source,
                     "settings": plain(decision.config),
-                    "rejected": [asdict(rejection) for rejection in decision.rejected],
+                    "rejected": [rejection._asdict() for rejection in decision.rejected],
                 }
                 for decision in self.decisions
             },

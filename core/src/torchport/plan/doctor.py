@@ -57,7 +57,9 @@ class Report:
             "healthy": self.healthy,
             "versions": self.versions,
             "probes": [asdict(probe) for probe in self.probes],
-            "failures": [asdict(failure) for failure in self.failures],
+            "failures": [
+                failure._asdict() | {"plugin": failure.plugin._asdict()} for failure in self.failures
+            ],
             "findings": [asdict(finding) for finding in self.findings],
             "denied": self.denied,
         }

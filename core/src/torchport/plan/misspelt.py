@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from torchport import envvars
@@ -27,6 +26,8 @@ def misspelt(environ: Mapping[str, str], installed: Installed) -> list[str]:
     strange = [name for name in environ if name.startswith(_PREFIX) and name not in _OWN]
     if not strange:
         return []
+    import difflib
+
     known = _OWN | _of_plugins(installed)
     stems = [name.removeprefix(_PREFIX) for name in sorted(known) if name.startswith(_PREFIX)]
     sentences = []

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchport import envvars
 from torchport.config import schema
 from torchport.errors import ConfigurationError
 from torchport.plan.registry import Installed, load_reference
-from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import KINDS, Spec
+
+if TYPE_CHECKING:
+    from torchport.plugin.parallelism import ParallelismConfig
 
 SLOTS = ("backend", "strategy", "precision", "collectives", "launcher", "trackers", "quantizer")
 """The slots of a plan, in the order in which they are shown."""
@@ -53,16 +55,14 @@ class Request:
     lays_out: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """A value for a slot and who gave it."""
 
     value: Any
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
+class Sources(NamedTuple):
     """All that may decide a slot, in order of precedence: arguments, environment, configuration file."""
 
     request: Request

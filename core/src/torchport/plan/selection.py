@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from torchport.plan import slots
 from torchport.plan.decision import AUTOMATIC, Decision, Plan, Rejection, plain
-from torchport.plan.mesh import check_mesh, mesh_asked_for
 from torchport.plan.registry import Installed
 from torchport.plan.request import (
     SLOTS,
@@ -57,6 +56,8 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
         ConfigurationError: if a plugin's settings are not valid, or the mesh has another number of processes.
         TorchportError: if a plugin vetoes the plan (`torchport_plan_resolved`).
     """
+    from torchport.plan.mesh import check_mesh, mesh_asked_for
+
     sources = Sources(request, environment, installed)
     backend = slots.fill_backend(sources)
     device = _backend_spec(backend)

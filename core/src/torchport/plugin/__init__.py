@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from torchport.config.schema import setting
 from torchport.lazy import lazy_exports
 from torchport.plugin.hookspecs import PROJECT, hookimpl
-from torchport.plugin.parallelism import ParallelismConfig
 from torchport.plugin.specs import (
     HOOK_API,
     KINDS,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from torchport.plugin.installation import missing_runtime, probe_module, torch_build
     from torchport.plugin.launcher import Job, Launcher
     from torchport.plugin.module_backend import ModuleBackend
+    from torchport.plugin.parallelism import ParallelismConfig
     from torchport.plugin.precision import Precision
     from torchport.plugin.process_group import ProcessGroupCollectives
     from torchport.plugin.quantizer import Quantizer
@@ -55,6 +55,7 @@ _INTERFACES = {
     "Collectives": ".collectives",
     "Job": ".launcher",
     "Launcher": ".launcher",
+    "ParallelismConfig": ".parallelism",
     "Precision": ".precision",
     "PrepareRequest": ".strategy",
     "Prepared": ".strategy",
