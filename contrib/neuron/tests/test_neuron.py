@@ -38,7 +38,7 @@ def dev(tmp_path, monkeypatch):
     """A machine with two Neuron devices."""
     for name in ("PJRT_DEVICE", "NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torchport_neuron, "DEVICES", tmp_path)
+    monkeypatch.setattr(torchport_neuron, "DEVICES", str(tmp_path))
     for name in ("neuron0", "neuron1", "null"):
         (tmp_path / name).touch()
     return tmp_path

@@ -224,7 +224,7 @@ def test_one_process_another_backend_and_rocm_are_left_alone(nvml, backend, monk
 
 @pytest.mark.usefixtures("cuda", "no_switches", "no_nvml")
 def test_without_nvml_the_driver_tells_which_cards_there_are(backend, monkeypatch, tmp_path):
-    monkeypatch.setattr(torchport_cuda.gpus, "_DRIVER", tmp_path)
+    monkeypatch.setattr(torchport_cuda.gpus, "_DRIVER", str(tmp_path))
     card = tmp_path / "0000:01:00.0"
     card.mkdir()
     (card / "information").write_text("Model: \t\t NVIDIA GeForce RTX 4090\nIRQ:   \t\t 123\n")

@@ -28,7 +28,7 @@ POD = {"TPU_WORKER_HOSTNAMES": "t0, t1,t2", "TPU_WORKER_ID": "1"}
 @pytest.fixture
 def pci(tmp_path, monkeypatch):
     """Attach devices to a PCI bus of the test's own."""
-    monkeypatch.setattr(chips, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(chips, "PCI_DEVICES", str(tmp_path))
     for name in ("PJRT_DEVICE", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "CPU_NUM_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 

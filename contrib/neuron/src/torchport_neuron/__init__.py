@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from torchport.plugin import BackendSpec, Probe, hookimpl
 
 VISIBLE = "NEURON_RT_VISIBLE_CORES"
-DEVICES = Path("/dev")
+DEVICES = "/dev"
 
 
 @hookimpl
@@ -34,7 +33,9 @@ def probe() -> Probe:
     chosen = os.environ.get("PJRT_DEVICE", "NEURON").upper()
     if chosen != "NEURON":
         return Probe(available=False, reason=f"PJRT_DEVICE={chosen} names another device: unset it")
-    chips = sorted(path.name for path in DEVICES.glob("neuron[0-9]*"))
+    from pathlib import Path
+
+    chips = sorted(path.name for path in Path(DEVICES).glob("neuron[0-9]*"))
     if not chips:
         return Probe(
             available=False, reason="no Neuron device in /dev: is this a Trn or Inf2 instance? (neuron-ls)"

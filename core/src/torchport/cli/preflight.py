@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchport import envvars
@@ -131,6 +131,7 @@ def check_log_dir(resolved: Resolved) -> str:
     if not resolved.config.log_dir:
         return ""
     import tempfile
+    from pathlib import Path
 
     folder = Path(resolved.config.log_dir).expanduser().absolute()
     try:
@@ -146,9 +147,11 @@ def check_log_dir(resolved: Resolved) -> str:
 
 
 def _check_script(script: str) -> None:
-    path = Path(script)
-    if path.is_file():
+    if os.path.isfile(script):
         return
+    from pathlib import Path
+
+    path = Path(script)
     if path.is_dir():
         if (path / "__main__.py").is_file():
             return
@@ -181,7 +184,7 @@ def _check_program(program: str) -> None:
     import shutil
 
     if shutil.which(program) is None:
-        exists = Path(program).exists()
+        exists = os.path.exists(program)
         raise LaunchError(
             f"the program {program!r} {'is not executable' if exists else 'was not found'}",
             hint=f"chmod +x {program}, or leave out --no-python" if exists else "its path, such as ./program",
@@ -190,7 +193,7 @@ def _check_program(program: str) -> None:
 
 def _check_module(name: str) -> None:
     """Look for a module as `python -m` would, without importing its packages: that may take seconds."""
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, os.getcwd())
     try:
         problem = _find_module(name)
     finally:
@@ -218,7 +221,7 @@ def _find_module(name: str) -> str:
             return f"{spec.name} is a module, not a package"
         spec = _find_submodule(".".join(parts[:end]), list(spec.submodule_search_locations))
     if spec is None:
-        return f"no module named {name!r} in {str(Path.cwd())!r} or among the installed packages"
+        return f"no module named {name!r} in {os.getcwd()!r} or among the installed packages"
     if spec.submodule_search_locations is not None:
         locations = list(spec.submodule_search_locations)
         if _find_submodule(f"{name}.__main__", locations) is None:

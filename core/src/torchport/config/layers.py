@@ -10,6 +10,7 @@ from torchport import aliases, envvars
 from torchport.config import schema
 from torchport.config.launch import LaunchConfig
 from torchport.errors import ConfigurationError
+from torchport.plugin.specs import Record
 
 _SETTINGS = {item.name: item for item in schema.settings_of(LaunchConfig)}
 
@@ -54,8 +55,8 @@ class Layer:
             self.put(name, value, origin)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Resolved:
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Resolved(Record):
     """A launch, configured.
 
     Attributes:

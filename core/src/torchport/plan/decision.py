@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torchport.plugin.specs import Spec, Topology
+from torchport.plugin.specs import Record, Spec, Topology
 
 if TYPE_CHECKING:
     from torchport.plugin.parallelism import ParallelismConfig
@@ -22,8 +22,8 @@ class Rejection(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Decision(Record):
     """How one slot was filled.
 
     Attributes:
@@ -60,8 +60,8 @@ class Decision:
         return self.source.startswith(AUTOMATIC)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Plan(Record):
     """The frozen choices of a run, and why each was made.
 
     Attributes:

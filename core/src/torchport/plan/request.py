@@ -10,7 +10,7 @@ from torchport import envvars
 from torchport.config import schema
 from torchport.errors import ConfigurationError
 from torchport.plan.registry import Installed, load_reference
-from torchport.plugin.specs import KINDS, Spec
+from torchport.plugin.specs import KINDS, Record, Spec
 
 if TYPE_CHECKING:
     from torchport.plugin.parallelism import ParallelismConfig
@@ -29,8 +29,8 @@ def slot_variable(slot: str) -> str:
     return KINDS[slot_kind(slot)].variable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Request(Record):
     """What was asked for, by argument and by configuration file.
 
     Attributes:

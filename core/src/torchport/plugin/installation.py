@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -63,7 +62,8 @@ def torch_build() -> Mapping[str, str]:
     if spec is None or spec.origin is None:
         return MappingProxyType({})
     try:
-        tree = ast.parse(Path(spec.origin).with_name("version.py").read_text(encoding="utf-8"))
+        with open(os.path.join(os.path.dirname(spec.origin), "version.py"), encoding="utf-8") as file:
+            tree = ast.parse(file.read())
     except (OSError, SyntaxError):
         return MappingProxyType({})
     found: dict[str, str] = {}

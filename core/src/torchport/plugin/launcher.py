@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchport.plugin.specs import LauncherSpec, Topology
+from torchport.plugin.specs import LauncherSpec, Record, Topology
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Job(Record):
     """What to run, and how many times.
 
     Attributes:

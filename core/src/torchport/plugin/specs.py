@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torchport.errors import InvalidSpecError
@@ -22,8 +22,30 @@ _NAME = re.compile(r"[a-z0-9]+(?:[_-][a-z0-9]+)*")
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class Record:
+    """Compares, hashes and shows a descriptor field by field.
+
+    `dataclass` would compile functions for that anew for each class, and a launch would take a twentieth longer.
+    """
+
+    __slots__ = ()
+
+    def _values(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values().values()))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
+        return f"{type(self).__qualname__}({shown})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Probe(Record):
     """What looking for a device (or a communication library) found.
 
     Attributes:
@@ -39,8 +61,8 @@ class Probe:
     details: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capabilities:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Capabilities(Record):
     """What a backend's device can do. What is declared here must pass the conformance kit.
 
     Attributes:
@@ -66,8 +88,8 @@ class Capabilities:
     features: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requirements:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Requirements(Record):
     """What a strategy, precision or quantizer needs of the backend's device.
 
     Attributes:
@@ -98,8 +120,8 @@ class Requirements:
         return tuple(lacking)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Spec(Record):
     """Fields common to all kinds of plugin.
 
     Attributes:
@@ -177,7 +199,7 @@ def _check_requirement(where: str, requirement: str) -> None:
         ) from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class BackendSpec(Spec):
     """A kind of device and how to talk to it.
 
@@ -212,7 +234,7 @@ class BackendSpec(Spec):
         _check_integer(self, "priority")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class CollectivesSpec(Spec):
     """A way for processes to exchange tensors.
 
@@ -232,7 +254,7 @@ class CollectivesSpec(Spec):
         self._check_reference("probe", required=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class PrecisionSpec(Spec):
     """A number format to work in.
 
@@ -247,7 +269,7 @@ class PrecisionSpec(Spec):
     default: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class StrategySpec(Spec):
     """A layout of model, optimizer and gradients over processes.
 
@@ -282,7 +304,7 @@ class StrategySpec(Spec):
         self._tuple("parallelism")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class LauncherSpec(Spec):
     """A way to bring processes to life.
 
@@ -305,7 +327,7 @@ class LauncherSpec(Spec):
         _check_integer(self, "priority")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class TrackerSpec(Spec):
     """A place where metrics go.
 
@@ -320,7 +342,7 @@ class TrackerSpec(Spec):
     main_process_only: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class QuantizerSpec(Spec):
     """A way to store weights in fewer bits.
 
@@ -333,15 +355,15 @@ class QuantizerSpec(Spec):
     needs: Requirements = Requirements()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class CommandSpec(Spec):
     """A sub-command of `torchport`; its factory names a `click.Command`, imported when it is called."""
 
     kind: ClassVar[str] = "command"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Finding(Record):
     """Something that `torchport doctor` should tell the operator.
 
     Attributes:
@@ -361,8 +383,8 @@ class Finding:
             raise InvalidSpecError(f"Finding.level must be 'info', 'warning' or 'error', not {self.level!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Topology:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Topology(Record):
     """Where this process stands among the processes of its job.
 
     Attributes:
@@ -404,8 +426,8 @@ def _check_integer(spec: Spec, attribute: str) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Kind(Record):
     """One of the kinds of plugin: its hook, its descriptor and the variable that selects among them.
 
     Attributes:

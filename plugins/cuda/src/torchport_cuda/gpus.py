@@ -8,13 +8,12 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SWITCHES = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
 _CONSUMER = re.compile(r"GeForce RTX (?:3090|40\d0|50\d0)\b")
-_DRIVER = Path("/proc/driver/nvidia/gpus")
+_DRIVER = "/proc/driver/nvidia/gpus"
 
 
 class Gpu(NamedTuple):
@@ -87,7 +86,9 @@ def consumer_card() -> str:
     """Return the name of a consumer card: NCCL must not try peer-to-peer or InfiniBand on it. Empty if none."""
     gpus = visible_gpus()
     if gpus is None:  # the driver tells of all GPUs of this machine
-        models = [path.read_text() for path in sorted(_DRIVER.glob("*/information"))]
+        from pathlib import Path
+
+        models = [path.read_text() for path in sorted(Path(_DRIVER).glob("*/information"))]
         names = [line.removeprefix("Model:").strip() for text in models for line in text.splitlines()]
     else:
         names = [gpu.name for gpu in gpus]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from pathlib import Path
 
 from torchport.plugin import Probe, torch_build
 
@@ -58,6 +57,8 @@ def _not_built() -> str:
 
 def _has_driver() -> bool:
     """Whether a driver may be there: where none is, torch, which takes seconds to import, need not be asked."""
+    from pathlib import Path
+
     return sys.platform != "linux" or any(Path(node).exists() for node in _NODES)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from torchport.plugin import Probe
 
-PCI_DEVICES = Path("/sys/bus/pci/devices")
+PCI_DEVICES = "/sys/bus/pci/devices"
 
 _GOOGLE = "0x1ae0"
 _GENERATIONS = {
@@ -26,8 +25,10 @@ NO_CHIP = "no TPU chip is attached to the PCI bus of this machine (is this a TPU
 
 def attached() -> list[str]:
     """Return the generation of each TPU chip that the PCI bus lists."""
+    from pathlib import Path
+
     found = []
-    for vendor in sorted(PCI_DEVICES.glob("*/vendor")):
+    for vendor in sorted(Path(PCI_DEVICES).glob("*/vendor")):
         try:
             if vendor.read_text().strip() == _GOOGLE:
                 name = _GENERATIONS.get((vendor.parent / "device").read_text().strip())
