@@ -54,6 +54,7 @@ def test_without_accumulate_the_engine_counts_micro_batches_itself(ranks, stage)
 def test_a_loaded_checkpoint_goes_on_as_if_it_had_not_been_interrupted(ranks, stage):
     for rank in ranks:
         assert rank[f"stage {stage}"]["loaded"] == rank[f"stage {stage}"]["weights"]
+        assert rank[f"stage {stage}"]["loaded momenta"] == rank[f"stage {stage}"]["momenta"] > 0
         assert rank[f"stage {stage}"]["resumed"] == rank[f"stage {stage}"]["on"]
 
 
@@ -125,6 +126,7 @@ def test_one_process_goes_on_with_what_two_have_saved(ranks, found, saved, stage
     two = [rank[f"stage {saved}"] for rank in ranks]
     resumed = found[f"{saved} to {stage}"]
     assert resumed["loaded"] == two[0]["weights"]
+    assert resumed["momenta"] == pytest.approx(two[0]["momenta"], rel=1e-12)
     means = [(first + second) / 2 for first, second in zip(*(rank["on"] for rank in two), strict=True)]
     assert resumed["on"] == pytest.approx(means, abs=1e-6)
 

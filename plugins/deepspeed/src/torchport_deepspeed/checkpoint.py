@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torchport.checkpoint.weights import load_weights, save_weights
 from torchport.errors import CheckpointError
 from torchport.runtime import Runtime
 
-from torchport_deepspeed import vendor
+from torchport_deepspeed import universal, vendor
 from torchport_deepspeed.helpers import gathered_parameters
 from torchport_deepspeed.together import come
 
@@ -100,7 +99,7 @@ def _load_engine(engine: Any, folder: Path, tag: str) -> None:
         error: list[str] = [""]
         if dist.get_rank() == 0:
             try:
-                convert(folder / tag, place / tag)
+                universal.convert(folder / tag, place / tag)
             except Exception as problem:
                 error = [f"{type(problem).__name__}: {problem}"]
         dist.broadcast_object_list(error, src=0)
@@ -131,31 +130,6 @@ def _load_buffers(engine: Any, folder: Path) -> None:
     for name, buffer in buffers.items():
         if name in saved:
             buffer.copy_(saved[name])
-
-
-def convert(source: Path, target: Path) -> None:
-    """Convert an engine's files to DeepSpeed's universal format, which any number of processes can load.
-
-    Args:
-        source: The folder of an engine inside a checkpoint.
-        target: The folder to write; its parent must exist.
-    """
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    refuse_code(source)
-    target.mkdir(parents=True, exist_ok=True)
-    with vendor.quietly():
-        main(
-            SimpleNamespace(
-                input_folder=str(source),
-                output_folder=str(target),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
-        )
 
 
 def refuse_code(folder: Path) -> None:
@@ -222,6 +196,43 @@ def load_whole_weights(engine: Any, state: Mapping[str, Any]) -> Any:
         if parameter.requires_grad and name in state:
             safe_set_full_fp32_param(parameter, state[name].to(engine.device, torch.float32))
     return result
+
+
+def whole_optimizer(engine: Any) -> dict[str, Any]:
+    """Return the whole state of the optimizer on every process; call it on every process.
+
+    Args:
+        engine: The engine.
+
+    Returns:
+        `state`, by name of parameter: float32 tensors of its shape, and numbers; and `param_groups` without parameters.
+        Where ZeRO partitions nothing, that of the ordinary optimizer.
+    """
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if engine.zero_optimization_stage() == 0:
+        state: dict[str, Any] = inner.state_dict()
+        return state
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    own: Mapping[str, Any] = next(iter(inner.state.values()), {})
+    numbers = {
+        name: value.item() if isinstance(value, torch.Tensor) else value
+        for name, value in own.items()
+        if not isinstance(value, torch.Tensor) or not value.ndim
+    }
+    names = sorted(own.keys() - numbers.keys())
+    if names and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        engine.optimizer._hp_optimizer_states_linked = (
+            False  # parameters lose their states when these are loaded
+        )
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    states = {}
+    for parameter_name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            whole = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
+            states[parameter_name] = {name: value.clone() for name, value in whole.items()} | numbers
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups]
+    return {"state": states, "param_groups": groups}
 
 
 def load_whole_optimizer(engine: Any, optimizer: Any, state: dict[str, Any]) -> None:

@@ -281,6 +281,12 @@ class DeepSpeedStrategy(Strategy):
             return model.load_state_dict(state)
         return checkpoint.load_whole_weights(model, state)
 
+    def optimizer_state_dict(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        """Return the whole state, by name of parameter where ZeRO partitions it; call it on every process."""
+        return checkpoint.whole_optimizer(model) if self._is_engine(model) else optimizer.state_dict()
+
     def load_optimizer_state_dict(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:

@@ -60,3 +60,10 @@ def whole(accelerator, model):
     with accelerator._contents.strategy.full_parameters(model):
         module = accelerator.unwrap_model(model)
         return float(sum(p.detach().double().abs().sum() for p in module.parameters()))
+
+
+def momenta(accelerator, model, optimizer):
+    """The sum of the sizes of all of Adam's first moments, the same on every process."""
+    state = accelerator._contents.strategy.optimizer_state_dict(model, optimizer.optimizer)["state"]
+    assert len(state) == 4
+    return float(sum(own["exp_avg"].double().abs().sum() for own in state.values()))

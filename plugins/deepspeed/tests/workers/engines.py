@@ -6,7 +6,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from common import BATCH, CLIP, STEPS, make_data, make_model, new, prepared, train, whole
+from common import BATCH, CLIP, STEPS, make_data, make_model, momenta, new, prepared, train, whole
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
@@ -77,6 +77,7 @@ for stage in range(4):
     results = {"losses": train(accelerator, model, optimizer, loader), "weights": whole(accelerator, model)}
     folder = FOLDER / f"checkpoint_{stage}"
     accelerator.save_state(folder)
+    results["momenta"] = momenta(accelerator, model, optimizer)
     results["on"] = train(accelerator, model, optimizer, loader)
     results["hand"] = by_hand(RANK, stage)
 
@@ -84,6 +85,7 @@ for stage in range(4):
     model, optimizer, loader = prepared(accelerator)
     accelerator.load_state(folder)
     results["loaded"] = whole(accelerator, model)
+    results["loaded momenta"] = momenta(accelerator, model, optimizer)
     results["resumed"] = train(accelerator, model, optimizer, loader)
 
     accelerator = new(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import BATCH, STEPS, new, prepared, train, whole
+from common import BATCH, STEPS, momenta, new, prepared, train, whole
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torchport.errors import TorchportError
 from torchport.utils import DeepSpeedPlugin
@@ -18,7 +18,12 @@ for saved, stage in ((0, 0), (1, 1), (1, 2), (3, 3)):
     model, optimizer, loader = prepared(accelerator, batch=2 * BATCH)
     accelerator.load_state(SAVED / f"checkpoint_{saved}")
     loaded = whole(accelerator, model)
-    found[f"{saved} to {stage}"] = {"loaded": loaded, "on": train(accelerator, model, optimizer, loader)}
+    states = momenta(accelerator, model, optimizer)
+    found[f"{saved} to {stage}"] = {
+        "loaded": loaded,
+        "momenta": states,
+        "on": train(accelerator, model, optimizer, loader),
+    }
 
 state = get_fp32_state_dict_from_zero_checkpoint(str(SAVED / "checkpoint_3"))
 found["consolidated"] = float(sum(tensor.double().abs().sum() for tensor in state.values()))
