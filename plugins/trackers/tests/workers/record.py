@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchport import Accelerator
+from wandb_file import wandb_records
 
 PROJECT = "digits"
 CONFIG = {"lr": 0.5, "model": {"layers": 3, "name": "mlp"}, "sizes": [8, 16], "bias": True}
@@ -90,26 +90,6 @@ def read_tensorboard(_: str) -> dict:
             tag: [[e.step, e.width, e.height] for e in events.Images(tag)] for tag in events.Tags()["images"]
         },
     }
-
-
-def wandb_records(file: str):
-    """Read a `.wandb` file: records in blocks of 32 KiB, in the format of LevelDB's log."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = Path(file).read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # the whole of a record, or its last part
-            found = wandb_internal_pb2.Record()
-            found.ParseFromString(parts)
-            parts = b""
-            yield found
 
 
 def read_wandb(sync_file: str) -> dict:
