@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torchport.plan.discovery import discover
 from torchport.testing import Scorecard
 from torchport.testing.scorecard import FAIL, NOT_CLAIMED, PASS, Result
 
@@ -58,3 +59,14 @@ def test_the_page_lists_every_committed_scorecard_and_nothing_else():
     listed = set(re.findall(r"\(scorecards/([a-z0-9_-]+)\.json\)", text))
     assert listed == {path.stem for path in (DOCS / "scorecards").glob("*.json")}
     assert {"collectives-gloo", "collectives-mpi", "precision-bf16", "tracker-jsonl"} <= listed
+
+
+def test_every_installed_plugin_of_this_repository_has_a_scorecard():
+    offered = {
+        f"{kind}-{name}"
+        for kind, entries in discover({}).entries.items()
+        for name, entry in entries.items()
+        if kind != "command" and entry.plugin.distribution.startswith("torchport-")
+    }
+    assert {"strategy-single", "launcher-local"} <= offered
+    assert offered - {path.stem for path in (DOCS / "scorecards").glob("*.json")} == set()
