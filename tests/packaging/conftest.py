@@ -46,6 +46,9 @@ class Environment:
             for entry in Path(place).iterdir():
                 if not entry.name.startswith(("torchport", "_editable_impl_torchport", "__editable__")):
                     (libraries / entry.name).symlink_to(entry)
+        for entry in (Path(sys.prefix) / "lib").iterdir():  # libraries that are not Python's: those of MPI
+            if not entry.name.startswith("python"):
+                (folder / "lib" / entry.name).symlink_to(entry)
         site = next((folder / "lib").glob("python*/site-packages"))
         (site / "libraries_of_the_test_environment.pth").write_text(f"{libraries}\n")
 

@@ -20,7 +20,7 @@ with tempfile.TemporaryDirectory() as folder:
     wheels = build_wheels(Path(folder), ROOT / "core", ROOT / "plugins" / "cpu")
     environment.pip("install", "--no-deps", "--no-index", *map(str, wheels))
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # Programs of third-party libraries, such as mpirun, are those of the environment that this runs in.
+    # Programs of third-party libraries, as mpirun, are those of the environment that runs this.
     variables["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     command = [str(environment.python), "-m", "pytest", *sys.argv[1:]]
     codes = [
