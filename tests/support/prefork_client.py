@@ -20,8 +20,10 @@ AT_START = (
 AT_ANY_TIME = {
     "PYTHONPATH", "PYTHONWARNINGS", "PYTHONFAULTHANDLER", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "PYTHON_EXEC",
     "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "LD_LIBRARY_PATH",
+    # Libraries set these when they are imported: DeepSpeed, torchao and Lightning Fabric, scikit-learn.
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
 }  # fmt: skip
-"""What the server does for a process that it has forked, or what is read later."""
+"""What the server does for a process that it has forked, what is read later, and what only Intel's OpenMP reads."""
 
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 FORWARDED = (

@@ -116,6 +116,16 @@ def test_what_only_a_new_interpreter_can_do_is_done_by_one(prefork, script, opti
     assert (done.returncode, done.stdout) == (0, "False\n")
 
 
+def test_what_libraries_set_when_they_are_imported_needs_no_new_interpreter(prefork, script):
+    path = script("import sys; print('torch' in sys.modules)")
+    variables = {
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "KMP_INIT_AT_FORK": "FALSE",
+        "TORCHINDUCTOR_CACHE_DIR": "cache",
+    }
+    assert finish([prefork / "python", path], env={**os.environ, **variables}).stdout == "True\n"
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 30
     while not condition():
