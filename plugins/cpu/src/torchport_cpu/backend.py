@@ -7,7 +7,6 @@ import resource
 import sys
 from pathlib import Path
 
-import psutil
 import torch
 from torchport.errors import UnsupportedOperationError
 from torchport.plugin import Backend, Capabilities, Topology
@@ -52,11 +51,15 @@ class CpuBackend(Backend):
 
     def memory_info(self, device: torch.device) -> tuple[int, int]:
         """Return the available and total memory of the host, in bytes."""
+        import psutil  # takes longer than a backend to make
+
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
 
     def memory_allocated(self, device: torch.device) -> int:
         """Return the resident set size of this process, in bytes."""
+        import psutil
+
         return int(psutil.Process().memory_info().rss)
 
     def max_memory_allocated(self, device: torch.device) -> int:

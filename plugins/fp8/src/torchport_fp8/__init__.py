@@ -41,6 +41,8 @@ def torchport_precisions() -> Iterable[PrecisionSpec]:
 @hookimpl
 def torchport_plan_resolved(plan: Any) -> Iterable[str]:
     """Refuse what the chosen engine cannot do here, and say where the device emulates it."""
+    if plan.precision != "fp8":
+        return ()
     from torchport_fp8.check import check
 
     return check(plan)

@@ -37,9 +37,10 @@ def torchport_strategies() -> Iterable[StrategySpec]:
 @hookimpl
 def torchport_plan_resolved(plan: Any) -> None:
     """Refuse devices that Megatron-Core has no kernels for, and layouts that do not fit the processes."""
-    from torchport_megatron.check import check
+    if plan.strategy == "megatron":
+        from torchport_megatron.check import check
 
-    check(plan)
+        check(plan)
 
 
 _EXPORTS = {
