@@ -151,6 +151,35 @@ def test_importing_is_light(module, heavy):
     assert heavy & set(loaded) == set()
 
 
+def test_a_launch_imports_only_what_it_needs(tmp_path):
+    script = tmp_path / "script.py"
+    script.touch()
+    loaded = json.loads(
+        run(
+            "import json, os, sys\n"
+            "def become(*command): print(json.dumps(sorted(sys.modules))); sys.stdout.flush(); os._exit(0)\n"
+            "os.environ['TORCHPORT_PLUGINS'] = 'cpu'\n"
+            "os.execvpe = become\n"
+            f"sys.argv = ['torchport', 'launch', {str(script)!r}]\n"
+            "from torchport.cli import main; main()"
+        )
+    )
+    heavy = {
+        "torch",
+        "numpy",
+        "rich",
+        "yaml",
+        "importlib.metadata",
+        "packaging",
+        "subprocess",
+        "difflib",
+        "tempfile",
+    }
+    own = {"torchport.config.plugins", "torchport.plugin.parallelism", "torchport.builtin.supervisor"}
+    assert (heavy | own) & set(loaded) == set()
+    assert {"torchport.builtin.local", "torchport_cpu"} <= set(loaded)
+
+
 def test_public_names_are_listed_without_being_imported():
     code = "import sys, torchport; print('Accelerator' in dir(torchport), 'torch' in sys.modules)"
     assert run(code).split() == ["True", "False"]
