@@ -133,6 +133,18 @@ def test_copies_are_made_on_the_side_stream_and_hidden_tensors_on_the_computing_
     assert made[-1] == "compute"
 
 
+def test_tensors_on_the_device_and_sparse_ones_are_not_pinned_and_come_along():
+    backend, device = StubBackend(streams=True, pinned_memory=True), torch.device("meta")
+    there, sparse = torch.zeros(3, device=device), torch.eye(2).to_sparse()
+    batches = [{"dense": torch.full((2,), float(n)), "rest": (there, sparse)} for n in range(2)]
+    given = list(Prefetch(backend, device)(iter(batches)))
+    assert [batch["rest"][0] is there for batch in given] == [True, True]
+    assert {tensor.device for batch in given for tensor in (batch["dense"], *batch["rest"])} == {device}
+    assert {batch["rest"][1].layout for batch in given} == {torch.sparse_coo}
+    turn = ["compute waits for copy", "compute uses (2,)"]
+    assert backend.module.log == ["pin [0.0, 0.0]", *turn, "pin [1.0, 1.0]", *turn]
+
+
 def test_a_device_without_streams_or_in_host_memory_is_not_prefetched_to():
     from torchport import Accelerator
     from torchport.state import AcceleratorState

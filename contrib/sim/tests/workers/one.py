@@ -178,6 +178,12 @@ def check_batches_are_copied_ahead_on_a_stream_of_their_own_from_pinned_memory(f
     assert current == 0
     assert 0 not in streams
     assert pinned == [True] * 3
+    there = TensorDataset(data.to("sim:0"), data.to("sim:1"), data)
+    loader = accelerator.prepare(DataLoader(there, batch_size=2))
+    parts = [torch.cat(part) for part in zip(*loader, strict=True)]
+    assert {str(part.device) for part in parts} == {"sim:0"}
+    assert all(torch.equal(part.cpu(), data) for part in parts)
+    assert pinned == [True] * 6  # what is in host memory
     del backend.use_stream, backend.pin
 
 

@@ -20,7 +20,8 @@ class Prefetch:
     """Gives batches on the device, one of them always on its way there on a stream of its own.
 
     The host memory of a batch is page-locked first, so that its copy runs beside the work that is queued on the
-    device. Before a batch is given out, the stream that will compute on it is made to wait for the copy.
+    device. Before a batch is given out, the stream that will compute on it is made to wait for the copy. What memory
+    cannot be page-locked, such as that of sparse tensors and of those on a device already, is moved only then.
 
     Args:
         backend: The backend, whose device has streams.
@@ -36,19 +37,28 @@ class Prefetch:
         """Yield the batches on the device."""
         ready = self._copy(next(batches, _NONE))
         while ready[0] is not _NONE:
-            batch, source = ready
-            tensors: list[torch.Tensor] = []
-            recursively_apply(tensors.append, batch)
-            self.backend.join_stream(self.stream, tensors, self.device)
+            batch, copies = ready
+            self.backend.join_stream(self.stream, [copy for _, copy in copies], self.device)
             ready = self._copy(next(batches, _NONE))
-            yield send_to_device(batch, self.device)  # what hides its tensors has not been copied yet
-            del batch, source, tensors
+            yield send_to_device(batch, self.device)  # what could not be copied ahead, or hides its tensors
+            del batch, copies
 
-    def _copy(self, batch: Any) -> tuple[Any, Any]:
-        """Queue the copy of a batch; return it, and the host memory that must stay until it is done."""
+    def _copy(self, batch: Any) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Queue the copy of a batch; return it, and each copied tensor behind its source, which must stay so long."""
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         if batch is _NONE:
-            return _NONE, None
-        source = recursively_apply(self.backend.pin, batch)
+            return _NONE, copies
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            source = self.backend.pin(tensor)
+            copies.append((source, source.to(self.device, non_blocking=True)))
+            return copies[-1][1]
+
         with self.backend.use_stream(self.stream):
-            copied = recursively_apply(torch.Tensor.to, source, self.device, non_blocking=True)
-        return copied, source
+            return recursively_apply(copy, batch, test_type=_can_be_pinned), copies
+
+
+def _can_be_pinned(value: Any) -> bool:
+    """Whether this is a dense tensor in host memory."""
+    dense = isinstance(value, torch.Tensor) and value.layout is torch.strided
+    return dense and value.device.type == "cpu"
