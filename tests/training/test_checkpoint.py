@@ -85,6 +85,17 @@ def _point_outside(folder):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_a_checkpoint_without_a_file_that_a_process_has_written_is_not_published(tmp_path):
+    work = tmp_path / ".state.writing-00000000"
+    work.mkdir()
+    (work / "mine").write_text("1")
+    known = {name: {"size": 1, "crc32": "83dcefb7"} for name in ("mine", *"abcde")}
+    with pytest.raises(CheckpointError, match=r"no a, b, c and 2 others\n.*save_on_each_node=True") as caught:
+        atomic.publish(work, tmp_path / "state", {}, known)
+    assert "files that were written are not in" in str(caught.value)
+    assert not (tmp_path / "state").exists()
+
+
 def test_code_in_a_checkpoint_is_never_run(saved, tmp_path):
     accelerator, folder = saved
     witness = tmp_path / "ran"

@@ -1,4 +1,4 @@
-"""What two processes share: gathers of different shapes, kept types, compiled replicas, and runs begun again.
+"""What two processes share: gathers of different shapes, kept types, compiled replicas, disks, and runs begun again.
 
 Each `check_...` asserts; the outcome of each is written down.
 """
@@ -9,14 +9,16 @@ import json
 import os
 import threading
 from collections import OrderedDict, defaultdict, namedtuple
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from checks import run_checks
 from torch import nn
-from torchport import Accelerator, PartialState, TorchDynamoPlugin
-from torchport.errors import OperationError
+from torchport import Accelerator, PartialState, ProjectConfiguration, TorchDynamoPlugin
+from torchport.checkpoint import atomic
+from torchport.errors import CheckpointError, OperationError
 from torchport.state import AcceleratorState
 from torchport.utils import compile_regions, gather, has_compiled_regions, is_compiled_module
 
@@ -143,6 +145,45 @@ def check_compiled_replicas_train_as_plain_ones(folder):
             assert torch.equal(value, results[0][name])
     assert torch.equal(gather(results[0]["2.bias"])[:2], gather(results[0]["2.bias"])[2:])
     assert compile_regions(network()) is not None
+
+
+def check_machines_that_share_no_disk_save_a_checkpoint_each_or_none(folder):
+    rank = PartialState().process_index
+    home = folder / f"machine{rank}"
+    home.mkdir()
+    same = Path("/proc/self/cwd/state")  # one name, which means another folder to each process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for name, value in {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}.items():
+            patch.setenv(name, str(value))
+        AcceleratorState._reset_state()
+        accelerator = Accelerator()
+        accelerator.prepare(network())
+        for blocking in (True, False):
+            with pytest.raises(CheckpointError) as caught:
+                accelerator.save_state(same, blocking=blocking)
+            assert "rank 1 could not find the folder that the others write into" in caught.value.found
+            assert caught.value.hint == (
+                "a folder that all machines share, or ProjectConfiguration(save_on_each_node=True)"
+            )
+            accelerator.wait_for_everyone()
+            assert list(home.iterdir()) == []
+
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(project_config=ProjectConfiguration(save_on_each_node=True))
+        model = accelerator.prepare(network())
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        accelerator.save_state(same)
+        assert sorted(atomic.verify(home / "state")["files"]) == [
+            "model.safetensors", f"random_states_{rank}.pkl",
+        ]  # fmt: skip
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        accelerator.load_state(same)
+        assert all(map(torch.equal, model.parameters(), before))
+        assert [path.name for path in home.iterdir()] == ["state"]
+    AcceleratorState._reset_state()
 
 
 def _occupied() -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from torchport.errors import CheckpointError
 
 FORMAT = 1
 _READERS = 4
+_NAMED = 3
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
 
@@ -42,9 +43,16 @@ def describe(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> di
         known: What is known of files that have been flushed already.
 
     Raises:
-        CheckpointError: if a known file has another size.
+        CheckpointError: if a known file is missing or has another size.
     """
     described = {}
+    if missing := [name for name in sorted(known or {}) if not (folder / name).is_file()]:
+        more = f" and {len(missing) - _NAMED} others" if len(missing) > _NAMED else ""
+        raise CheckpointError(
+            f"files that were written are not in {folder}",
+            found=f"no {', '.join(missing[:_NAMED])}{more}",
+            hint="a folder that all machines share, or ProjectConfiguration(save_on_each_node=True)",
+        )
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         name, size = path.relative_to(folder).as_posix(), path.stat().st_size
         facts = (known or {}).get(name)
@@ -82,8 +90,8 @@ def publish(
             the folder are flushed and described here.
 
     Raises:
-        CheckpointError: if a file has another size than its writer says, or the manifest's name, or if there is
-            something else than a checkpoint at `target`.
+        CheckpointError: if a file is missing or has another size than its writer says, if one has the manifest's
+            name, or if there is something else than a checkpoint at `target`.
     """
     manifest = folder / MANIFEST
     if manifest.exists():

@@ -193,9 +193,11 @@ class Checkpoints:
         limit: int | None,
     ) -> None:
         """Write, complete the checkpoint, and delete the oldest ones beyond the limit."""
-        rank = self.processes.process_index
+        rank, shared = self.processes.process_index, not self.project.save_on_each_node
         try:
-            state.write(part, work, target, agreement, rank=rank, leader=self.leads, facts=facts)
+            state.write(
+                part, work, target, agreement, rank=rank, leader=self.leads, shared=shared, facts=facts
+            )
         finally:
             work.close()
         if limit is not None:

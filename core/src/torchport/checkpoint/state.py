@@ -109,6 +109,7 @@ def gather(
         CheckpointError: on every process, if any of them could not do its part.
     """
     agreement.step(work.open, "make the folder")
+    agreement.step(work.check, "find the folder that the others write into")
     weights: list[dict[str, Any]] = []
     files: list[File] = []
     agreement.step(lambda: _collect(contents, leader, weights, files), "write")
@@ -136,6 +137,7 @@ def write(
     *,
     rank: int,
     leader: bool,
+    shared: bool,
     facts: dict[str, Any],
 ) -> None:
     """Write files and put the checkpoint in place; call it on every process, in any thread.
@@ -147,10 +149,11 @@ def write(
         agreement: With the other processes.
         rank: Index of this process.
         leader: Whether this process completes the checkpoint.
+        shared: Whether the files of all processes belong into it, and not those of one machine only.
         facts: What the manifest should say besides.
 
     Raises:
-        CheckpointError: on every process, if any of them could not do its part.
+        CheckpointError: on every process, if any of them could not do its part, or if its files are elsewhere.
     """
 
     def write_mine() -> dict[str, dict[str, Any]]:
@@ -160,8 +163,10 @@ def write(
         return writer.files | part.written
 
     written = agreement.step(write_mine, "write")
-    own = written[rank]  # without a shared disk, names may be those of others
-    known = {name: described for listed in (*written, own) for name, described in listed.items()}
+    known = {name: described for listed in written for name, described in listed.items()}
+    if not shared:  # names may be those of other machines
+        known = {name: described for name, described in known.items() if (work.path / name).is_file()}
+        known |= written[rank]
     agreement.step(lambda: atomic.publish(work.path, target, facts, known) if leader else None, "complete")
 
 

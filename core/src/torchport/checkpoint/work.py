@@ -62,6 +62,18 @@ class WorkFolder:
                 hint="a folder that exists and can be written to",
             ) from error
 
+    def check(self) -> None:
+        """Find the folder, on a process of any machine, when its leader has made it.
+
+        Raises:
+            CheckpointError: if it is not there.
+        """
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"{self.path} is not there",
+                hint="a folder that all machines share, or ProjectConfiguration(save_on_each_node=True)",
+            )
+
     def close(self) -> None:
         """Take away what is left of the folder, and the lock."""
         if not self._leader:
