@@ -452,6 +452,8 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
     def end_training(self) -> None:
         """Close the trackers, wait for the last checkpoint and for everyone, and leave the process group.
 
+        What takes several processes raises an `OperationError` from now on (`gather`, `save_state`, ...).
+
         Raises:
             CheckpointError: if a checkpoint could not be saved in the background.
         """
@@ -460,8 +462,9 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
             self.wait_for_checkpoint()
         finally:
             self._checkpoints.release()
-            self.wait_for_everyone()
-            self._runtime.close()
+            if not self._runtime.closed:
+                self.wait_for_everyone()
+                self._runtime.close()
 
 
 _PARAMETERS = (

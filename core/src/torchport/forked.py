@@ -25,6 +25,7 @@ from torchport import envvars
 from torchport.builtin.processes import dying_with_parent
 from torchport.builtin.supervisor import DECISION, ENDING, FAULT_GRACE, SIGNAL_GRACE, describe_exit
 from torchport.errors import WorkerError
+from torchport.ops import exchange
 from torchport.runtime import Runtime
 from torchport.state import GradientState
 
@@ -293,6 +294,7 @@ def _report(pipe: Connection, error: BaseException, what: str) -> None:
 def enter_worker() -> None:
     """Make a forked process a new one: no run, and as many threads as `OMP_NUM_THREADS` says."""
     Runtime.current, Runtime.store, Runtime.generation = None, None, 0
+    exchange.reset_group()
     GradientState._shared.clear()
     threads = os.environ.get(envvars.THREADS, "")
     torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) > 0 else 1)

@@ -89,6 +89,7 @@ class Runtime:
         store: The key-value store that the processes of the job share. The process meets the others once, at one
             address; a run that follows another in the same process goes on with the same store.
         generation: How many plans have been compared with the other processes.
+        closed: Whether the run has ended.
     """
 
     current: Runtime | None = None
@@ -115,6 +116,7 @@ class Runtime:
         self.timeout = _timeout(request)
         self.debug = envvars.flag(environ, envvars.DEBUG)
         self.committed: set[str] = set()
+        self.closed = False
         self._adopt(plan, request, commits)
 
     @classmethod
@@ -273,14 +275,30 @@ class Runtime:
         return strategy
 
     def close(self) -> None:
-        """Leave the process group and forget the run."""
-        if self.collectives is not None:
-            self.collectives.close()
-            atexit.unregister(self._close_at_exit)
-        self.collectives = None
-        exchange.reset_group()
+        """Leave the process group and forget the run; what needs the other processes is refused from now on."""
+        if self.closed:
+            return
+        self.closed = True
+        collectives, self.collectives = self.collectives, None
         if Runtime.current is self:
             Runtime.current = None
+            end = exchange.end_group if self.topology.world_size > 1 else exchange.reset_group
+            end()
+        if collectives is not None:
+            collectives.close()
+            atexit.unregister(self._close_at_exit)
+
+    def check_open(self, wanted: str) -> None:
+        """Refuse what takes all processes where the run of several has ended.
+
+        Args:
+            wanted: What is to be done, as an error names it.
+
+        Raises:
+            OperationError: if it has.
+        """
+        if self.closed and self.topology.world_size > 1:
+            raise exchange.run_has_ended(wanted)
 
     def _close_at_exit(self) -> None:
         """Leave the group when the script ends well; after an error, the others must notice at once."""

@@ -489,5 +489,40 @@ def check_a_rank_that_cannot_load_its_part_is_waited_for_by_nobody(folder):
     accelerator.wait_for_everyone()
 
 
+def check_nothing_that_takes_all_processes_works_after_the_end_of_the_run(folder):
+    accelerator = fresh()
+    rank, mine = accelerator.process_index, torch.ones(2)
+    accelerator.prepare(network())
+    accelerator.end_training()
+    accelerator.end_training()  # once more does nothing
+    refused = {
+        "gather": lambda: accelerator.gather(mine),
+        "gather_for_metrics": lambda: accelerator.gather_for_metrics(["a"]),
+        "gather_object": lambda: gather_object(["a"]),
+        "reduce": lambda: accelerator.reduce(mine),
+        "broadcast": lambda: broadcast(mine),
+        "broadcast_object_list": lambda: broadcast_object_list(["a"]),
+        "pad_across_processes": lambda: accelerator.pad_across_processes(mine),
+        "wait_for_everyone": accelerator.wait_for_everyone,
+        "save_state": lambda: accelerator.save_state(folder / f"alone{rank}"),
+        "load_state": lambda: accelerator.load_state(folder / "half"),
+    }
+    for name, call in refused.items():
+        with pytest.raises(OperationError) as caught:
+            call()
+        assert caught.value.problem == f"{name}() needs all processes, and this run has ended"
+        assert "end_training()" in caught.value.reason
+    assert not (folder / f"alone{rank}").exists()
+
+    again = Accelerator(precision="bf16")  # another run, of another configuration
+    with pytest.raises(OperationError, match="needs all processes"):
+        accelerator.save_state(folder / f"alone{rank}")  # the run of these objects is over
+    accelerator.end_training()  # and ending it again leaves the new one alone
+    assert again.gather(torch.tensor([rank])).tolist() == [0, 1]
+    AcceleratorState._reset_state()
+    with pytest.raises(OperationError, match="wait_for_everyone"):
+        again.wait_for_everyone()
+
+
 if __name__ == "__main__":
     run_checks(dict(globals()))

@@ -54,6 +54,7 @@ class CheckpointControl:
         Raises:
             CheckpointError: on every process, if any could not write its part, if a state could not be loaded
                 again, or if the folder holds anything else than a checkpoint.
+            OperationError: if a run of several processes has ended.
         """
         return str(
             self._checkpoints.save(output_dir, safe_serialization, self._contents.runtime.plan, blocking)
@@ -76,6 +77,7 @@ class CheckpointControl:
         Raises:
             CheckpointError: on every process, if it is incomplete, damaged, or was made of other objects, or if any
                 process could not load it.
+            OperationError: if a run of several processes has ended.
         """
         self._checkpoints.load(input_dir)
 

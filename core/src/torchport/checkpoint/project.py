@@ -83,6 +83,7 @@ class Checkpoints:
         blocking: bool = True,
     ) -> Path:
         """Write a checkpoint and, with automatic naming, delete the oldest beyond the limit."""
+        self.contents.runtime.check_open("save_state()")
         named = self._named(output_dir)
         self.contents.strategy.begin_save()
         agreement = Agreement(f"the checkpoint {named} could not be saved", lambda: _older(named))
@@ -135,6 +136,7 @@ class Checkpoints:
 
     def load(self, input_dir: str | os.PathLike[str] | None) -> None:
         """Verify and load a checkpoint: the one given or, with automatic naming, the newest complete one."""
+        self.contents.runtime.check_open("load_state()")
         if input_dir is None and not self.project.automatic_checkpoint_naming:
             raise CheckpointError(
                 "load_state needs a folder", hint="load_state('folder'), or automatic naming"

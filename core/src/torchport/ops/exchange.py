@@ -1,6 +1,7 @@
 """Exchange nested structures of tensors, and objects, between the processes of the job.
 
-With one process every operation returns what it was given (copied where a result is expected to be new).
+With one process every operation returns what it was given (copied where a result is expected to be new). After the
+end of a run of several, every operation raises an error until another run is opened.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class _Group:
     world_size: int = 1
     device: torch.device | None = None
     debug: bool = False
+    ended: bool = False
 
 
 _group = _Group()
@@ -36,11 +38,38 @@ def use_group(
     """Say over which processes the operations of this module work; called once when a run starts."""
     _group.collectives = collectives if world_size > 1 else None
     _group.rank, _group.world_size, _group.device, _group.debug = rank, world_size, device, debug
+    _group.ended = False
 
 
 def reset_group() -> None:
     """Go back to one process."""
     use_group(None, 0, 1, torch.device("cpu"))
+
+
+def end_group() -> None:
+    """Refuse further operations: the processes that exchanged have parted, and one of them is not the job."""
+    reset_group()
+    _group.ended = True
+
+
+def run_has_ended(wanted: str) -> OperationError:
+    """Return the error of an operation that needs the other processes when the run is over."""
+    return OperationError(
+        f"{wanted} needs all processes, and this run has ended",
+        reason="end_training(), destroy_process_group() or _reset_state() was called: the processes have parted",
+        hint="call it before the end of the run, or make a new Accelerator() or PartialState() on every process",
+    )
+
+
+def _collectives(operation: str) -> Collectives | None:
+    """Return the open process group; `None` where there is one process.
+
+    Raises:
+        OperationError: if a run of several processes has ended.
+    """
+    if _group.ended:
+        raise run_has_ended(f"{operation}()")
+    return _group.collectives
 
 
 def gather(tensor: Any) -> Any:
@@ -69,9 +98,10 @@ def gather_object(object: Any) -> list[Any]:
         object: A list of picklable items; any other object counts as a list of one.
     """
     mine = list(object) if isinstance(object, (list, tuple)) else [object]
-    if _group.collectives is None:
+    collectives = _collectives("gather_object")
+    if collectives is None:
         return mine
-    return [item for items in _group.collectives.all_gather_object(mine) for item in items]
+    return [item for items in collectives.all_gather_object(mine) for item in items]
 
 
 def gather_for_metrics(
@@ -85,10 +115,11 @@ def gather_for_metrics(
         as_objects: Whether to gather tensors as objects, in a list.
         readers: Number of processes, one after the other, that work on the same batch: the first one's results count.
     """
-    if readers > 1 and _group.collectives is not None:
+    collectives = _collectives("gather_for_metrics")
+    if readers > 1 and collectives is not None:
         return _gather_from_firsts(data, remainder, readers, as_objects=as_objects or not all_tensors(data))
     if as_objects or not all_tensors(data):
-        if isinstance(remainder, int) or _group.collectives is None:
+        if isinstance(remainder, int) or collectives is None:
             objects = gather_object(data)
             return objects[:remainder] if isinstance(remainder, int) and remainder > 0 else objects
         mine = list(data) if isinstance(data, (list, tuple)) else [data]
@@ -137,8 +168,9 @@ def broadcast(tensor: Any, from_process: int = 0) -> Any:
 
 def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list[Any]:
     """Overwrite the items of a list on every process by those of one process, and return the list."""
-    if _group.collectives is not None:
-        _group.collectives.broadcast_object_list(object_list, from_process)
+    collectives = _collectives("broadcast_object_list")
+    if collectives is not None:
+        collectives.broadcast_object_list(object_list, from_process)
     return object_list
 
 
@@ -180,7 +212,7 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_firs
         pad_index: The value to pad with.
         pad_first: Whether to pad at the beginning.
     """
-    collectives = _group.collectives
+    collectives = _collectives("pad_across_processes")
     if collectives is None:
         return tensor
 
@@ -202,13 +234,14 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_firs
 
 def wait_for_everyone() -> None:
     """Wait until every process has come here."""
-    if _group.collectives is not None:
-        _group.collectives.barrier()
+    collectives = _collectives("wait_for_everyone")
+    if collectives is not None:
+        collectives.barrier()
 
 
 def _checked(operation: str, tensor: Any) -> Collectives | None:
     """Return the collectives; in debug mode, first compare shapes and dtypes across processes."""
-    collectives = _group.collectives
+    collectives = _collectives(operation)
     if collectives is not None and _group.debug:
         shapes = collectives.all_gather_object(describe(tensor))
         if any(other != shapes[0] for other in shapes):
