@@ -384,11 +384,12 @@ def test_torchdatas_loader_goes_on_where_it_stood(workers, tmp_path):
         expected.append(batch.tolist())
         if number == 1:
             accelerator.save_state(tmp_path / "state")
-    following = batches(loader)
-    accelerator, loader = run()
-    accelerator.load_state(tmp_path / "state")
-    assert batches(loader) == expected[2:]
-    assert batches(loader) == following
+    following = [batches(loader), batches(loader)]
+    for gone_on in (lambda loader: loader, lambda loader: skip_first_batches(loader, 2)):
+        accelerator, loader = run()
+        accelerator.load_state(tmp_path / "state")
+        assert batches(gone_on(loader)) == expected[2:]
+        assert [batches(loader), batches(loader)] == following
     assert sorted(itertools.chain(*expected)) == list(range(12))
 
 

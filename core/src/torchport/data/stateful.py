@@ -85,21 +85,17 @@ class StatefulShard(DataLoaderShard):
             return {"reader": None} | state  # of a checkpoint that has not been acted upon, with its reader
         return state | {"reader": running.reader if state["amid_epoch"] else None}
 
-    def load_order_state(self, state: dict[str, Any]) -> None:
-        """Go on, with the next pass, from where `order_state` was called."""
-        super().load_order_state(state)
-        if self.order.resumed is not None and state.get("reader") is not None:
-            self.reader.load_state_dict(state["reader"])
-
     def _batches(self) -> Iterator[Any]:
         epoch = self._begin()
         resumed = self.order.resumed
-        reads_on = resumed is not None and not self.from_beginning and resumed.state.get("reader") is not None
+        place = None if resumed is None or self.from_beginning else resumed.state.get("reader")
+        if place is not None:  # not before: a loader without the first batches may go on instead of this one
+            self.reader.load_state_dict(place)
         epoch.dataset = None
         with self.order.drawing(epoch, self.given_sampler, self.synchronized_generator, from_host=True):
             batches = iter(self.reader)
             first = list(itertools.islice(batches, 1))
-        skipped = 0 if reads_on else self.skip_batches
+        skipped = self.skip_batches if place is None else 0
         states: deque[Any] = deque()  # of the batches read and not yet given out: two, if copied ahead
         read = self._noting(itertools.islice(itertools.chain(first, batches), skipped, None), states)
         placed = read if self.prefetch is None else self.prefetch(read)
