@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torchport import Accelerator, ProjectConfiguration
-from torchport.checkpoint import atomic
+from torchport.checkpoint import atomic, project, work
 from torchport.checkpoint.weights import load_weights, save_weights
 from torchport.errors import CheckpointError, ConfigurationError
 from torchport.state import AcceleratorState
@@ -86,12 +88,12 @@ def _point_outside(folder):
 
 
 def test_a_checkpoint_without_a_file_that_a_process_has_written_is_not_published(tmp_path):
-    work = tmp_path / ".state.writing-00000000"
-    work.mkdir()
-    (work / "mine").write_text("1")
+    hidden = tmp_path / ".state.writing-00000000"
+    hidden.mkdir()
+    (hidden / "mine").write_text("1")
     known = {name: {"size": 1, "crc32": "83dcefb7"} for name in ("mine", *"abcde")}
     with pytest.raises(CheckpointError, match=r"no a, b, c and 2 others\n.*save_on_each_node=True") as caught:
-        atomic.publish(work, tmp_path / "state", {}, known)
+        atomic.publish(hidden, tmp_path / "state", {}, known)
     assert "files that were written are not in" in str(caught.value)
     assert not (tmp_path / "state").exists()
 
@@ -323,6 +325,52 @@ def test_the_limit_deletes_what_was_saved_first_whatever_its_number(tmp_path):
     assert names == ["checkpoint_0", "checkpoint_6", "checkpoint_7", "checkpoint_99"]
     accelerator.load_state()
     assert accelerator.project_configuration.iteration == 1
+
+
+def test_of_an_old_checkpoint_that_was_moved_elsewhere_the_link_is_deleted(tmp_path):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    accelerator = numbered_project(tmp_path)
+    for _ in range(3):
+        accelerator.save_state()
+    (folder / "checkpoint_0").rename(elsewhere)
+    (folder / "checkpoint_0").symlink_to(elsewhere)
+    accelerator.save_state()
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint_{n}" for n in (1, 2, 3)]
+    atomic.verify(elsewhere)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_an_old_checkpoint_that_cannot_be_deleted_is_warned_of_and_saves_go_on(
+    tmp_path, monkeypatch, blocking
+):
+    folder = tmp_path / "checkpoints"
+    accelerator = numbered_project(tmp_path)
+    remove = work.remove
+    deleted = []
+
+    def refuse_the_first(path):
+        deleted.append(path.name)
+        if path.name == "checkpoint_0":
+            raise PermissionError(13, "Permission denied", str(path))
+        if path.name == "checkpoint_1":
+            shutil.rmtree(path)  # as another program may do at this moment
+        remove(path)
+
+    monkeypatch.setattr(project, "remove", refuse_the_first)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(5):
+            saved = accelerator.save_state(blocking=blocking)
+            assert saved == str(folder / f"checkpoint_{number}")
+        accelerator.wait_for_checkpoint()
+    assert [str(warning.message) for warning in told] == [
+        f"the checkpoint {folder / f'checkpoint_{number}'} has been saved, but the older one"
+        f" {folder / 'checkpoint_0'} cannot be deleted (PermissionError: [Errno 13] Permission denied:"
+        f" '{folder / 'checkpoint_0'}'): delete it, or save without total_limit"
+        for number in (3, 4)
+    ]
+    assert deleted == ["checkpoint_0", "checkpoint_0", "checkpoint_1"]
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint_{n}" for n in (0, 2, 3, 4)]
 
 
 def test_each_optimizer_is_saved_and_loaded_with_the_model_that_owns_its_parameters(tmp_path):

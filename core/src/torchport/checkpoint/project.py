@@ -6,7 +6,9 @@ import os
 import re
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +112,7 @@ class Checkpoints:
             )
             limit = self.project.total_limit if numbered_now else None
             if blocking:
-                self._finish(part, work, target, agreement, facts, limit)
+                self._finish(part, work, target, agreement, facts)
             else:
                 agreement.step(lambda: self._prepare_thread(part.files), "copy its state to host memory")
         except BaseException:
@@ -118,7 +120,9 @@ class Checkpoints:
             raise
         if numbered_now:
             self.project.iteration += 1
-        if not blocking:
+        if blocking:
+            self._make_room(target, limit, agreement)
+        else:
             self._start(part, work, target, agreement, facts, limit, token)
         return named
 
@@ -192,9 +196,8 @@ class Checkpoints:
         target: Path,
         agreement: Agreement,
         facts: dict[str, Any],
-        limit: int | None,
     ) -> None:
-        """Write, complete the checkpoint, and delete the oldest ones beyond the limit."""
+        """Write, and complete the checkpoint."""
         rank, shared = self.processes.process_index, not self.project.save_on_each_node
         try:
             state.write(
@@ -202,6 +205,9 @@ class Checkpoints:
             )
         finally:
             work.close()
+
+    def _make_room(self, target: Path, limit: int | None, agreement: Agreement) -> None:
+        """Delete the oldest checkpoints beyond the limit, when a new one is complete."""
         if limit is not None:
             Agreement(
                 f"the checkpoint {target} has been saved, but older ones are left", gather=agreement.gather
@@ -231,7 +237,8 @@ class Checkpoints:
         def save() -> None:
             with StoreExchange(self._client, token, topology.rank, topology.world_size) as exchange:
                 agreement.gather = exchange.gather
-                self._finish(part, work, target, agreement, facts, limit)
+                self._finish(part, work, target, agreement, facts)
+                self._make_room(target, limit, agreement)
             part.files.clear()
 
         self._running = BackgroundSave(save, str(target))
@@ -300,7 +307,8 @@ def numbered(folder: Path) -> list[Path]:
     for path in folder.glob("checkpoint_*"):
         match = re.fullmatch(r"checkpoint_(\d+)", path.name)
         if match and (path / MANIFEST).is_file():
-            found.append((saved_at(path), int(match[1]), path))
+            with suppress(FileNotFoundError):  # somebody deletes it at this moment
+                found.append((saved_at(path), int(match[1]), path))
     return [path for _, _, path in sorted(found)]
 
 
@@ -313,10 +321,20 @@ def _older(named: Path) -> str:
 
 
 def make_room(new: Path, limit: int) -> None:
-    """Delete the oldest numbered checkpoints beside a new one until `limit` are left; never the new one."""
+    """Delete the oldest numbered checkpoints beside a new one until `limit` are left; never the new one.
+
+    One that cannot be deleted is warned of: the new one has been saved, and the next save tries again.
+    """
     older = [path for path in numbered(new.parent) if path.name != new.name]
     for path in older[: max(0, len(older) + 1 - limit)]:
-        remove(path)
+        try:
+            remove(path)
+        except OSError as error:
+            warnings.warn(
+                f"the checkpoint {new} has been saved, but the older one {path} cannot be deleted"
+                f" ({type(error).__name__}: {error}): delete it, or save without total_limit",
+                stacklevel=2,
+            )
 
 
 class HookHandle:

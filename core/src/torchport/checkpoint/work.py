@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from torchport.checkpoint.target import MANIFEST
@@ -88,12 +89,18 @@ class WorkFolder:
 def remove(folder: Path) -> None:
     """Delete a checkpoint: its name goes at once, its files after that.
 
+    Of one that is a symbolic link, the link goes. What somebody else deletes meanwhile is gone too.
+
     Raises:
         OSError: if it cannot be deleted.
     """
-    doomed = folder.with_name(f".{folder.name}.deleted-{secrets.token_hex(4)}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    with suppress(FileNotFoundError):
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        doomed = folder.with_name(f".{folder.name}.deleted-{secrets.token_hex(4)}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def clean(parent: Path) -> None:
