@@ -306,6 +306,7 @@ class Files(IterableDataset):
 
 class StatefulFiles(Files):
     begin = 0
+    state_fails = None
 
     def __iter__(self):
         begin, self.begin = self.begin, 0
@@ -316,7 +317,9 @@ class StatefulFiles(Files):
         self.begin = 0
 
     def state_dict(self):
-        return {"begin": self.begin}
+        if self.state_fails is OSError:
+            raise OSError("the position cannot be read")
+        return {"begin": self.begin if self.state_fails is None else lambda: self.begin}
 
     def load_state_dict(self, state):
         self.begin = state["begin"]
@@ -382,6 +385,24 @@ def check_an_error_of_one_part_is_raised_on_all(folder):
     with pytest.raises(DataLoadingError if accelerator.is_main_process else ValueError) as raised:
         list(loader)
     assert ("rank 1" if accelerator.is_main_process else "broken record") in str(raised.value)
+
+
+def check_a_part_that_cannot_say_where_it_stands_is_an_error_on_all(folder):
+    accelerator = fresh()
+    dataset = StatefulFiles(UNEVEN)
+    loader = accelerator.prepare(DataLoader(dataset, batch_size=2))
+    for fails, reason in ((OSError, "the position cannot be read"), ("pickling", "lambda")):
+        dataset.parts[0].state_fails = None if accelerator.is_main_process else fails
+        with pytest.raises(Exception) as raised:
+            loader.order_state()
+        if accelerator.is_main_process:
+            assert isinstance(raised.value, DataLoadingError)
+            reason = "rank 1 could not say where its part stands"
+        assert reason in str(raised.value)
+        with pytest.raises(CheckpointError, match="rank 1 could not write"):
+            accelerator.save_state(folder / "unreadable")
+    dataset.parts[0].state_fails = None
+    assert len(loader.order_state()["parts"]) == 2
 
 
 def check_parts_of_a_set_go_on_where_each_stood(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -76,9 +77,25 @@ class DividedLoader(DataLoaderShard):
         raise TypeError("the number of batches is that of the longest part, which no process knows")
 
     def order_state(self) -> dict[str, Any]:
-        """Return where every process's part stands; call it on every process."""
-        mine = super().order_state()
-        return mine | {"parts": self.collectives.all_gather_object(mine)}
+        """Return where every process's part stands; call it on every process.
+
+        Raises:
+            DataLoadingError: if the part of another process cannot say where it stands; there, its own error is raised.
+        """
+        mine: dict[str, Any] = {}
+        packed: bytes | None = None
+        error: Exception | None = None
+        try:
+            mine = super().order_state()
+            packed = pickle.dumps(mine)
+        except Exception as raised:
+            error = raised
+        parts = self.collectives.all_gather_object(packed)
+        if error is not None:
+            raise error
+        if None in parts:
+            raise _failure(parts.index(None), "could not say where its part stands")
+        return mine | {"parts": [pickle.loads(part) for part in parts]}
 
     def load_order_state(self, state: dict[str, Any]) -> None:
         """Go on, with the next pass, from where this process's part stood."""
@@ -122,11 +139,7 @@ class DividedLoader(DataLoaderShard):
         if error is not None:
             raise error
         if _FAILED in has:
-            raise DataLoadingError(
-                f"rank {has.index(_FAILED)} could not read the next batch of its part",
-                reason="its data set raised an error",
-                hint=f"look at the error of rank {has.index(_FAILED)}",
-            )
+            raise _failure(has.index(_FAILED), "could not read the next batch of its part")
         return has, reals, fulls
 
     def _rows(self, read: Read) -> int:
@@ -145,6 +158,14 @@ class DividedLoader(DataLoaderShard):
         self.real_samples = read.real
         self._real = -1 if read.real is None else sum(read.real)
         return batch
+
+
+def _failure(rank: int, what: str) -> DataLoadingError:
+    return DataLoadingError(
+        f"rank {rank} {what}",
+        reason="its data set raised an error",
+        hint=f"look at the error of rank {rank}",
+    )
 
 
 class DividedDataset(IterableDatasetShard):
