@@ -247,6 +247,16 @@ def check_an_error_of_the_main_process_s_data_set_is_raised_on_all(folder):
         accelerator.wait_for_everyone()
 
 
+def check_a_dispatched_batch_that_cannot_be_pickled_is_an_error_on_all(folder):
+    accelerator = fresh(dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    plain = DataLoader(NUMBERS, batch_size=1, collate_fn=lambda _: {"function": lambda: 1})
+    loader = accelerator.prepare(plain)
+    expected = Exception if accelerator.is_main_process else DataLoadingError
+    with pytest.raises(expected, match=r"check_a_dispatched_batch.*<lambda>"):
+        list(loader)
+    accelerator.wait_for_everyone()
+
+
 def check_a_function_of_the_user_cuts_dispatched_batches(folder):
     accelerator = fresh(dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
     asked = []

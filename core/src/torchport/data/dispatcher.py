@@ -48,8 +48,11 @@ class Channel(Protocol):
     rank: int
     world_size: int
 
-    def send(self, messages: list[Message]) -> None:
-        """Send each process its message; called on rank 0."""
+    def pack(self, messages: list[Message]) -> Any:
+        """Return messages as they are sent; raises where that cannot be done, before anything is sent."""
+
+    def send(self, packed: Any) -> None:
+        """Send each process its message, of those that `pack` was given; called on rank 0."""
 
     def receive(self) -> Message:
         """Return the message for this process; called on the others."""
@@ -71,9 +74,12 @@ class CollectiveChannel:
         self.world_size = world_size
         self.device = device
 
-    def send(self, messages: list[Message]) -> None:
+    def pack(self, messages: list[Message]) -> list[torch.Tensor]:
+        """Return each message as bytes; nothing for this process."""
+        return [torch.empty(0, dtype=torch.uint8), *(pack(message) for message in messages[1:])]
+
+    def send(self, packed: list[torch.Tensor]) -> None:
         """Send each process its message."""
-        packed = [torch.empty(0, dtype=torch.uint8), *(pack(message) for message in messages[1:])]
         size = max(len(part) for part in packed)
         self.collectives.broadcast(torch.tensor([size], device=self.device))
         parts = [torch.nn.functional.pad(part, (0, size - len(part))).to(self.device) for part in packed]
@@ -91,7 +97,8 @@ class DataLoaderDispatcher(DataLoaderShard):
     """A loader whose data set is read by the main process alone, which sends the others their batches.
 
     Every process gets the batches that a `DataLoaderShard` would give it. Batches may hold anything that can be
-    pickled; tensors are sent as they are. An error of the data set is raised on every process.
+    pickled; tensors are sent as they are. An error of the data set, or a batch that cannot be pickled, is raised on
+    every process.
 
     Args:
         dataset: The data set.
@@ -157,7 +164,7 @@ class DataLoaderDispatcher(DataLoaderShard):
             message = self.channel.receive()
             if message.error:
                 raise DataLoadingError(
-                    "the main process could not read the next batch",
+                    "the main process could not read the next batch, or pickle it",
                     reason=message.error,
                     hint="look at the error of rank 0, which reads the data for all processes",
                 )
@@ -171,10 +178,13 @@ class DataLoaderDispatcher(DataLoaderShard):
             try:
                 taken = next(rounds, None)
                 messages = [Message()] * self.channel.world_size if taken is None else self._cut(*taken)
+                packed = self.channel.pack(messages)
             except Exception:
-                self.channel.send([Message(error=traceback.format_exc())] * self.channel.world_size)
+                told = [Message(error=traceback.format_exc())] * self.channel.world_size
+                self.channel.send(self.channel.pack(told))
                 raise
-            self.channel.send(messages)
+            self.channel.send(packed)
+            del packed
             yield messages[0]
             if not messages[0].more:
                 return
