@@ -518,6 +518,50 @@ def test_settings_come_from_variables_before_the_file_before_defaults():
     assert level({"SHARD_LEVEL": "3"}, settings=section, handlers=(ShardConfig(level=4),)) == 4
 
 
+def origin(variable: str, origin: str, value: str = "3") -> dict[str, str]:
+    """What the launcher exports for a flag or a key of the file."""
+    return {variable: value, "TORCHPORT_ORIGINS": f"{variable}={origin}"}
+
+
+@pytest.mark.parametrize("said", ["--shard-level", "job.yaml: shard_config: shard_level"])
+def test_a_setting_of_a_strategy_that_was_not_chosen_is_refused_where_nobody_asked_for_one(said):
+    with pytest.raises(ConfigurationError) as caught:
+        plan(Request(), origin("SHARD_LEVEL", said), installed(), TWO)
+    error = caught.value
+    assert error.problem == f"{said}: a setting of the strategy 'shard', which was not chosen"
+    assert error.found == "strategy 'replicate' (automatic: fits 2 processes)"
+    assert error.hint == "--strategy shard, or leave it out"
+
+
+def test_a_setting_of_another_strategy_than_the_one_asked_for_is_a_warning():
+    environment = origin("SHARD_LEVEL", "job.yaml: shard_config: shard_level")
+    made = plan(Request(arguments={"strategy": "replicate"}), environment, installed(), TWO)
+    assert made.warnings == (
+        "job.yaml: shard_config: shard_level is not used: a setting of the strategy 'shard';"
+        " the strategy is 'replicate', asked for by argument strategy='replicate'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        ({"strategy": "shard"}, origin("SHARD_LEVEL", "--shard-level")),
+        ({}, {"SHARD_LEVEL": "3"}),  # set for all jobs of the machine
+        ({}, origin("TORCHPORT_PRECISION", "--precision", "no")),
+        ({}, origin("PARALLELISM_CONFIG_TP_SIZE", "--parallelism-config-tp-size", "1")),
+    ],
+)
+def test_settings_of_the_chosen_strategy_and_plain_variables_are_neither_refused_nor_mentioned(
+    arguments, environment
+):
+    assert plan(Request(arguments=arguments), environment, installed(), TWO).warnings == ()
+
+
+def test_whoever_lays_out_no_model_leaves_the_settings_of_strategies_to_the_one_who_does():
+    made = plan(Request(lays_out=False), origin("SHARD_LEVEL", "--shard-level"), installed(), TWO)
+    assert made.warnings == ()
+
+
 def test_an_unknown_key_of_a_section_is_an_error_with_the_nearest_one():
     request = Request(
         arguments={"strategy": "shard"}, settings={"shard_config": {"shard_levle": 2}}, config_file="job.yaml"

@@ -83,10 +83,17 @@ VARIABLES = (
     Variable(THREADS, "Processor threads of each process; set by `torchport launch` unless set already."),
 )
 
+_OWN = frozenset(value for key, value in vars().items() if key.isupper() and isinstance(value, str))
+
 
 def flag(environ: Mapping[str, str], name: str) -> bool:
     """Whether the variable is set to something that means yes."""
     return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def is_own(name: str) -> bool:
+    """Whether the core itself reads the variable; all others are of plugins' settings."""
+    return name in _OWN or name.startswith(PARALLELISM)
 
 
 def names(environ: Mapping[str, str], name: str) -> tuple[str, ...] | None:

@@ -130,6 +130,9 @@ class Runtime:
         Raises:
             ConfigurationError: if a slot is asked for that the open run has filled otherwise.
         """
+        here = cls.current
+        if here is not None and "strategy" in here.committed and request.arguments.get("strategy") is None:
+            request = dataclasses.replace(request, lays_out=False)  # the open run has settled how
         resolved, installed = resolve(request)
         if cls.current is None:
             cls.current = cls(resolved, request, commits)

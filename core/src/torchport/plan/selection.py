@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torchport import envvars
 from torchport.plan import slots
 from torchport.plan.decision import AUTOMATIC, Decision, Plan, Rejection, plain
 from torchport.plan.registry import Installed
@@ -53,7 +54,8 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
 
     Raises:
         SelectionError: if a slot cannot be filled.
-        ConfigurationError: if a plugin's settings are not valid, or the mesh has another number of processes.
+        ConfigurationError: if a plugin's settings are not valid, those of another strategy were given where
+            nobody asked for one, or the mesh has another number of processes.
         TorchportError: if a plugin vetoes the plan (`torchport_plan_resolved`).
     """
     from torchport.plan.mesh import check_mesh, mesh_asked_for
@@ -68,6 +70,7 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
     strategy = slots.fill_strategy(sources, device, topology)
     if mesh is not None and request.lays_out:
         check_mesh(mesh, mesh_source, strategy, sources)
+    unused = _unused_settings(strategy, sources) if request.lays_out else ()
     distributed = slots.needs_process_group(strategy, topology)
     decisions = (
         backend,
@@ -85,7 +88,7 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
         overrides=sources.overrides(),
         parallelism=mesh,
         parallelism_source=mesh_source,
-        warnings=(*installed.warnings, *_failures_passed_over(backend, installed)),
+        warnings=(*installed.warnings, *_failures_passed_over(backend, installed), *unused),
     )
     said = [sentence for observe in installed.observers for sentence in observe(made) or ()]
     return replace(made, warnings=(*made.warnings, *said)) if said else made
@@ -124,6 +127,15 @@ def _backend_spec(decision: Decision) -> BackendSpec:
     if not isinstance(decision.spec, BackendSpec):
         raise TypeError(f"the backend slot is filled by {decision.spec!r}")
     return decision.spec
+
+
+def _unused_settings(strategy: Decision, sources: Sources) -> tuple[str, ...]:
+    """Look at the settings of other strategies, where a flag or the file has given any of a plugin."""
+    if all(map(envvars.is_own, envvars.origins(sources.environment))):
+        return ()
+    from torchport.plan.unused import unused_settings
+
+    return unused_settings(strategy, sources)
 
 
 def _failures_passed_over(backend: Decision, installed: Installed) -> tuple[str, ...]:
