@@ -1,7 +1,9 @@
 """A checkpoint is there whole or not at all, and says so."""
 
+import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -410,6 +412,34 @@ def test_a_compiled_model_has_the_names_of_the_model_itself(tmp_path, saving, lo
     accelerator, loaded = prepared(loading)
     accelerator.load_state(tmp_path / "state")
     assert torch.equal(loaded[0].weight, saved[0].weight)
+
+
+def test_a_checkpoint_of_another_type_of_device_is_loaded_and_the_generator_of_this_one_seeded(
+    tmp_path, monkeypatch
+):
+    accelerator = Accelerator()
+    model = accelerator.prepare(nn.Linear(1, 1))
+    accelerator.save_state(tmp_path / "state")
+    name = "random_states_0.pkl"
+    states = torch.load(tmp_path / "state" / name, weights_only=True)
+    assert states["device_type"] == "cpu"
+    saved = hashlib.sha256(states["torch"].numpy().tobytes() + bytes(8)).digest()
+    expected = torch.rand(3), random.random(), np.random.rand()
+
+    foreign = states | {"device_type": "other", "device": torch.zeros(16, dtype=torch.uint8)}
+    torch.save(foreign, tmp_path / "state" / name)
+    manifest = json.loads((tmp_path / "state" / "manifest.json").read_text())
+    manifest["files"] = atomic.describe(tmp_path / "state")
+    (tmp_path / "state" / "manifest.json").write_text(json.dumps(manifest))
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    seeds, seed = [], accelerator.backend.seed
+    monkeypatch.setattr(accelerator.backend, "seed", lambda value: seeds.append(value) or seed(value))
+    accelerator.load_state(tmp_path / "state")
+    assert seeds == [int.from_bytes(saved[:8], "little") % 2**63]
+    assert torch.equal(torch.rand(3), expected[0])
+    assert (random.random(), np.random.rand()) == expected[1:]
+    assert model.weight.item() != 7.0
 
 
 def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):

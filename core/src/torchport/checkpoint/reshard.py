@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import warnings
 from collections.abc import Sequence
@@ -12,25 +11,21 @@ import numpy as np
 import torch
 
 from torchport.runtime import Runtime
+from torchport.training.random import derived_seed
 
 STEPS = "scheduler_steps"
 BATCH = "total_batch_size"
 
 
 def derive_rng_states(states: dict[str, Any], rank: int, runtime: Runtime) -> None:
-    """Seed all generators of a process that the saving job did not have.
-
-    The seed is the first 8 bytes of the SHA-256 of a saved state of PyTorch's generator and the rank: the same
-    checkpoint gives the same random numbers each time, and each process others.
+    """Seed all generators of a process that the saving job did not have, with `derived_seed`.
 
     Args:
         states: The random states of the process of rank `rank % world_size` of the job that saved.
         rank: The rank of this process.
         runtime: The run.
     """
-    saved = states["torch"].numpy().tobytes()
-    digest = hashlib.sha256(saved + rank.to_bytes(8, "little")).digest()
-    seed = int.from_bytes(digest[:8], "little") % 2**63
+    seed = derived_seed(states, rank)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -90,7 +91,8 @@ def synchronize_rng_states(rng_types: Iterable[str], generator: torch.Generator 
 
 def rng_states(runtime: Runtime) -> dict[str, Any]:
     """Return the states of all generators of this process, as tensors and plain values."""
-    return host_rng_states() | {"device": runtime.backend.rng_state(runtime.device)}
+    device = {"device": runtime.backend.rng_state(runtime.device), "device_type": runtime.device.type}
+    return host_rng_states() | device
 
 
 def host_rng_states() -> dict[str, Any]:
@@ -106,9 +108,32 @@ def host_rng_states() -> dict[str, Any]:
 
 
 def set_rng_states(states: dict[str, Any], runtime: Runtime) -> None:
-    """Restore what `rng_states` returned."""
+    """Restore what `rng_states` returned.
+
+    The generator of another type of device than that of this run cannot take the saved state: it is seeded, with
+    `derived_seed`.
+    """
+    if states.get("device_type", runtime.device.type) != runtime.device.type:
+        runtime.backend.seed(derived_seed(states, runtime.topology.rank))
+        set_host_rng_states(states)
+        return
     set_host_rng_states(states)
     runtime.backend.set_rng_state(states["device"], runtime.device)
+
+
+def derived_seed(states: dict[str, Any], rank: int) -> int:
+    """Return the seed of a generator whose state was not saved.
+
+    It is the first 8 bytes of the SHA-256 of a saved state of PyTorch's generator and the rank: the same checkpoint
+    gives the same random numbers each time, and each process others.
+
+    Args:
+        states: What `rng_states` returned.
+        rank: The rank of this process.
+    """
+    saved = states["torch"].numpy().tobytes()
+    digest = hashlib.sha256(saved + rank.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "little") % 2**63
 
 
 def set_host_rng_states(states: dict[str, Any]) -> None:
