@@ -18,6 +18,7 @@ from checks import run_checks
 from torch import nn
 from torchport import Accelerator, PartialState, ProjectConfiguration, TorchDynamoPlugin
 from torchport.checkpoint import atomic
+from torchport.checkpoint.model_folder import save_model
 from torchport.errors import CheckpointError, OperationError
 from torchport.state import AcceleratorState
 from torchport.utils import compile_regions, gather, has_compiled_regions, is_compiled_module
@@ -184,6 +185,17 @@ def check_machines_that_share_no_disk_save_a_checkpoint_each_or_none(folder):
         assert all(map(torch.equal, model.parameters(), before))
         assert [path.name for path in home.iterdir()] == ["state"]
     AcceleratorState._reset_state()
+
+
+def check_a_model_that_the_main_process_cannot_save_keeps_nobody_waiting(folder):
+    state = {"weight": torch.ones(1)}  # as a strategy gathers it: all of it on one process
+    if PartialState().is_main_process:
+        state["extra"] = {"amax": len}
+    for safe, problem in ((True, "values that are not tensors: extra"), (False, r"\['amax'\] is a builtin")):
+        with pytest.raises(CheckpointError, match=problem):
+            save_model(state, folder / "refused", safe_serialization=safe, leader="extra" in state)
+    PartialState().wait_for_everyone()
+    assert not (folder / "refused").exists()
 
 
 def _occupied() -> tuple[int, int, int]:

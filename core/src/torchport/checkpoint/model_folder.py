@@ -69,18 +69,24 @@ def save_model(
         ConfigurationError: if `max_shard_size` cannot be read.
     """
     folder, limit = Path(save_directory), size_in_bytes(max_shard_size)
-    if safe_serialization:
-        check_tensors(dict(state))
-    else:
-        state = plain(dict(state), "the model")
+    whole: dict[str, Any] = dict(state)
+
+    def check() -> None:
+        nonlocal whole
+        if safe_serialization:
+            check_tensors(whole)
+        else:
+            whole = plain(whole, "the model")
 
     def write() -> None:
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file", hint="a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(state, folder, limit, safe_serialization)
+        _write(whole, folder, limit, safe_serialization)
 
-    Agreement(f"the model could not be saved in {folder}").step(lambda: write() if leader else None, "write")
+    agreement = Agreement(f"the model could not be saved in {folder}")
+    agreement.step(lambda: check() if leader else None)
+    agreement.step(lambda: write() if leader else None, "write")
 
 
 def _write(state: Mapping[str, Any], folder: Path, limit: int, safe: bool) -> None:
