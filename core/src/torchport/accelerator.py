@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torchport.config.kwargs import (
     read_steps,
 )
 from torchport.data.prepare import skip_first_batches
-from torchport.data.samplers import BatchSamplerShard, WholeBatchShard
+from torchport.data.samplers import filling_up
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError
 from torchport.mesh_control import MeshControl
@@ -43,7 +43,7 @@ from torchport.runtime import Runtime
 from torchport.state import AcceleratorState, GradientState
 from torchport.training.compile import settle
 from torchport.training.gradient_control import GradientControl
-from torchport.training.join import lending
+from torchport.training.join import joining
 from torchport.training.optimizer import AcceleratedOptimizer
 from torchport.training.random import check_rng_types
 from torchport.training.scheduler import AcceleratedScheduler
@@ -367,27 +367,24 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
     ) -> Iterator[None]:
         """Let processes have different numbers of batches inside the block.
 
+        Under data parallelism a process without batches leaves the loop, and answers for the others until they have
+        none. Where a step takes all processes, and where `gradient_accumulation_steps` is more than 1, it goes on
+        with its last batch, which weighs nothing, until all have come to the end of their loaders.
+
         Args:
             joinables: The prepared models trained in it.
             even_batches: Overrides the loaders' setting in it.
         """
-        samplers = [
-            s
-            for x in self._contents.loaders
-            for s in (getattr(x, "batch_sampler", None), getattr(x, "sampler", None))
-            if isinstance(s, (BatchSamplerShard, WholeBatchShard))
-        ]
-        before = [sampler.even_batches for sampler in samplers]
-        for sampler in samplers if even_batches is not None else ():
-            sampler.even_batches = bool(even_batches)
-        try:
-            strategy = self._contents.strategy
-            lent = lending(self.gradient_state, self._context) if strategy.steps_together else nullcontext()
-            with lent, strategy.join(joinables, even_batches=even_batches):
-                yield
-        finally:
-            for sampler, value in zip(samplers, before, strict=True):
-                sampler.even_batches = value
+        joined = joining(
+            self.gradient_state,
+            self._context,
+            self._contents.strategy,
+            joinables,
+            even_batches=even_batches,
+            owns_accumulation=self._bound.owns_accumulation,
+        )
+        with filling_up(self._contents.loaders, even_batches), joined:
+            yield
 
     # --- exchanging --------------------------------------------------------------------------------------
 

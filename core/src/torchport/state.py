@@ -223,6 +223,7 @@ class GradientState:
         plugin_kwargs: The settings of gradient accumulation that differ from their defaults.
         lend: Inside `join_uneven_inputs`, what goes on with a loader where others have batches left.
         weightless: Whether the current batch was lent and counts nothing.
+        may_leave: Inside `join_uneven_inputs`, whether processes without batches leave the loop instead.
     """
 
     _shared: dict[str, Any] = {}  # noqa: RUF012 - shared on purpose
@@ -236,6 +237,7 @@ class GradientState:
             self.dataloader_references: list[Any] = [None]
             self.lend: Callable[[Any, Iterator[Any]], Iterator[Any]] | None = None
             self.weightless = False
+            self.may_leave = False
             self.plugin = gradient_accumulation_plugin or GradientAccumulationPlugin()
         elif gradient_accumulation_plugin is not None:
             self.plugin = gradient_accumulation_plugin

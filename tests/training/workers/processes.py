@@ -20,7 +20,7 @@ from torchport import (
     ProjectConfiguration,
 )
 from torchport.checkpoint import atomic
-from torchport.errors import CheckpointError, OperationError
+from torchport.errors import CheckpointError, ConfigurationError, OperationError
 from torchport.ops import exchange
 from torchport.state import AcceleratorState
 from torchport.utils import (
@@ -246,6 +246,33 @@ def check_uneven_inputs_join(folder):
             steps += 1
     assert steps == (2 if accelerator.process_index == 0 else 1)
     assert loader.batch_sampler.even_batches is True
+
+
+def check_uneven_inputs_join_in_windows_too(folder):
+    def train(steps, **counted):
+        accelerator = fresh(
+            gradient_accumulation_steps=steps, dataloader_config=DataLoaderConfiguration(even_batches=False)
+        )
+        weight = nn.Linear(1, 1, bias=False)
+        rows = DataLoader(torch.arange(1.0, 6.0).unsqueeze(1), batch_size=1)  # 1, 3, 5 and 2, 4
+        model, loader = accelerator.prepare(weight, rows)
+        ends, gradients = [], []
+        with accelerator.join_uneven_inputs([model]):
+            for inputs in loader:
+                with accelerator.accumulate(model, **counted):
+                    accelerator.backward(model(inputs).mean())
+                    ends.append(accelerator.sync_gradients)
+                    if accelerator.sync_gradients:
+                        gradients.append(weight.weight.grad.item())
+                        model.zero_grad()
+        assert accelerator.gradient_state.weightless is accelerator.gradient_state.may_leave is False
+        return ends, gradients
+
+    # the first window has 1, 2, 3, 4 and the second 5 alone, over two processes
+    assert train(2) == ([False, True, True], [(1 + 2 + 3 + 4) / 4, 5 / 2])
+    assert train(2, num_items=torch.tensor(1)) == ([False, True, True], [(1 + 2 + 3 + 4) / 4, 5 / 1])
+    with pytest.raises(ConfigurationError, match=r"accumulate\(\) with num_items takes all processes"):
+        train(1, num_items=1)
 
 
 def _gradients(accelerator, model, inputs):

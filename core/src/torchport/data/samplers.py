@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -366,3 +367,22 @@ def set_epoch(sampler: Any, epoch: int) -> None:
     for holder in chain(sampler):
         if hasattr(holder, "set_epoch") and not isinstance(holder, SHARES):
             holder.set_epoch(epoch)
+
+
+@contextmanager
+def filling_up(loaders: Iterable[Any], even_batches: bool | None) -> Iterator[None]:
+    """Override inside the block whether prepared loaders fill up the last round; `None` leaves them as they are."""
+    samplers = [
+        sampler
+        for loader in loaders
+        for sampler in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+        if isinstance(sampler, (BatchSamplerShard, WholeBatchShard))
+    ]
+    before = [sampler.even_batches for sampler in samplers]
+    for sampler in samplers if even_batches is not None else ():
+        sampler.even_batches = bool(even_batches)
+    try:
+        yield
+    finally:
+        for sampler, value in zip(samplers, before, strict=True):
+            sampler.even_batches = value

@@ -79,6 +79,8 @@ class AccumulationWindow:
             self.done = 1
             gradients.sync_gradients = True
             return self
+        if gradients.may_leave:
+            raise _some_may_have_left(num_items is not None)
         loader = self._followed() if gradients.plugin.sync_with_dataloader else None
         if self.done == 0:
             self._open(loader)
@@ -225,6 +227,17 @@ class AccumulationWindow:
         found = {id(gradient): gradient for held in self._held for gradient in held(self._models)}
         if found:
             torch._foreach_mul_(list(found.values()), factor)
+
+
+def _some_may_have_left(items: bool) -> ConfigurationError:
+    what = "num_items" if items else "a window of several micro-batches"
+    return ConfigurationError(
+        f"accumulate() with {what} takes all processes, and inside this join_uneven_inputs() some may have left",
+        reason="it began with gradient_accumulation_steps=1: a process without batches leaves the loop",
+        hint="even_batches=True without join_uneven_inputs(), or leave num_items out"
+        if items
+        else "set gradient_accumulation_steps before join_uneven_inputs()",
+    )
 
 
 def _some_without_items() -> ConfigurationError:
