@@ -562,6 +562,14 @@ def test_whoever_lays_out_no_model_leaves_the_settings_of_strategies_to_the_one_
     assert made.warnings == ()
 
 
+def test_a_configuration_file_that_no_launcher_has_read_is_mentioned():
+    environment = {"TORCHPORT_CONFIG_FILE": "job.yaml"}
+    assert plan(Request(), environment, installed(), TWO).warnings == (
+        "TORCHPORT_CONFIG_FILE=job.yaml is not read here: start the script with `torchport launch`,"
+        " or unset TORCHPORT_CONFIG_FILE",
+    )
+
+
 def test_an_unknown_key_of_a_section_is_an_error_with_the_nearest_one():
     request = Request(
         arguments={"strategy": "shard"}, settings={"shard_config": {"shard_levle": 2}}, config_file="job.yaml"

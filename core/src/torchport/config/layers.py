@@ -102,6 +102,8 @@ def resolve(flags: Layer, environ: Mapping[str, str]) -> Resolved:
     known = envvars.origins(environ)
     from_variables = {name: known.get(_SETTINGS[name].env, _SETTINGS[name].env) for name in variables}
     exported, origins, overrides = {**file.variables, **environ}, dict(known), []
+    if environ.get(envvars.CONFIG_FILE):
+        origins[envvars.CONFIG_FILE] = "read by the launcher"
     for layer in (file, flags):
         for name, value in layer.values.items():
             variable = envvars.THREADS if name == "num_cpu_threads_per_process" else _SETTINGS[name].env

@@ -88,7 +88,12 @@ def plan(request: Request, environment: Mapping[str, str], installed: Installed,
         overrides=sources.overrides(),
         parallelism=mesh,
         parallelism_source=mesh_source,
-        warnings=(*installed.warnings, *_failures_passed_over(backend, installed), *unused),
+        warnings=(
+            *installed.warnings,
+            *_failures_passed_over(backend, installed),
+            *_unread(environment),
+            *unused,
+        ),
     )
     said = [sentence for observe in installed.observers for sentence in observe(made) or ()]
     return replace(made, warnings=(*made.warnings, *said)) if said else made
@@ -136,6 +141,17 @@ def _unused_settings(strategy: Decision, sources: Sources) -> tuple[str, ...]:
     from torchport.plan.unused import unused_settings
 
     return unused_settings(strategy, sources)
+
+
+def _unread(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Say that the configuration file which a variable names has not been read: this process was not launched."""
+    path = environment.get(envvars.CONFIG_FILE)
+    if not path or envvars.CONFIG_FILE in envvars.origins(environment):
+        return ()
+    return (
+        f"{envvars.CONFIG_FILE}={path} is not read here: start the script with `torchport launch`,"
+        f" or unset {envvars.CONFIG_FILE}",
+    )
 
 
 def _failures_passed_over(backend: Decision, installed: Installed) -> tuple[str, ...]:
