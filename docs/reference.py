@@ -178,9 +178,7 @@ def older_keys() -> str:
     rows += [
         (
             code(f"distributed_type: {label}"),
-            _slots(slots, "{}: {}")
-            if label != aliases.ONE_PROCESS
-            else f"{code('num_processes: 1')}, unless the file says how many",
+            _distributed_type(label, slots),
         )
         for label, slots in aliases.DISTRIBUTED_TYPE_SLOTS.items()
     ]
@@ -195,6 +193,13 @@ def older_keys() -> str:
     rows += [(code(old), f"sets {code(new)} in each worker") for old, new in aliases.YAML_VARIABLES.items()]
     rows += [(code(old), _inert(inert)) for old, inert in aliases.INERT_KEYS.items()]
     return table(("older key", "means"), rows)
+
+
+def _distributed_type(label: str, slots: typing.Mapping[str, str]) -> str:
+    if label == aliases.ONE_PROCESS:
+        return f"{code('num_processes: 1')}, unless the file says how many"
+    needs = " with `parallelism_config: {parallelism_config_tp_size: N}`, which the file must say"
+    return _slots(slots, "{}: {}") + needs * (label in aliases.TENSOR_PARALLEL)
 
 
 def older_keywords() -> str:

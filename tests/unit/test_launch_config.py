@@ -113,6 +113,11 @@ def test_documented_files_are_understood(file, name):
     assert {**changed, **unchanged} == expected
 
 
+def test_a_label_of_tensor_parallelism_is_the_strategy_that_lays_layers_out_over_a_mesh(file):
+    text = "distributed_type: TP\nparallelism_config: {parallelism_config_tp_size: 2}"
+    assert resolve(file(text), {}).config.strategy == "fsdp"
+
+
 def test_every_label_of_a_distributed_type_is_a_key_that_files_may_use():
     assert set(aliases.DISTRIBUTED_TYPES) <= set(aliases.DISTRIBUTED_TYPE_SLOTS)
 
@@ -146,7 +151,9 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
 
 def test_the_file_can_be_named_by_a_variable(file):
     file("num_processes: 3")
-    assert resolve(Layer(), {"TORCHPORT_CONFIG_FILE": "c.yaml"}).config.num_processes == 3
+    resolved = resolve(Layer(), {"TORCHPORT_CONFIG_FILE": "c.yaml"})
+    assert resolved.config.num_processes == 3
+    assert "TORCHPORT_CONFIG_FILE" in envvars.origins(resolved.environ)  # its workers know that it was read
 
 
 def test_a_flag_that_says_the_same_as_the_variable_overrides_nothing():
@@ -192,6 +199,8 @@ def test_documented_variables_that_disagree_are_refused():
         ("distributed_type: MULTI_GPU\nuse_cpu: true", "c.yaml: distributed_type says backend=cuda, and c.yaml: use_cpu says backend=cpu"),
         ("mixed_precision: bf16\nprecision: fp16", "leave out one of them"),
         ("tpu_use_cluster: true", "c.yaml: tpu_use_cluster: True is not supported"),
+        ("distributed_type: TP", "in its place `strategy: fsdp` and `parallelism_config: {parallelism_config_tp_size: N}`"),
+        ("distributed_type: model_parallel", "--parallelism-config-tp-size N"),
         ("- a\n- b", "must hold keys and values\n  found:  a list"),
         ("a: [", "is not YAML"),
     ],

@@ -85,11 +85,14 @@ DISTRIBUTED_TYPE_SLOTS: Mapping[str, Mapping[str, str]] = {
     "FSDP": {"strategy": "fsdp"},
     "DEEPSPEED": {"strategy": "deepspeed"},
     "MEGATRON_LM": {"strategy": "megatron"},
-    "TP": {"strategy": "tp"},
+    "TP": {"strategy": "fsdp"},
     "DATA_PARALLEL": {"strategy": "ddp"},
-    "MODEL_PARALLEL": {"strategy": "tp"},
+    "MODEL_PARALLEL": {"strategy": "fsdp"},
 }
 """Values of the key `distributed_type`: the slots they fill."""
+
+TENSOR_PARALLEL = ("TP", "MODEL_PARALLEL")
+"""Values of `distributed_type` that need the number of processes that share each layer."""
 
 ONE_PROCESS = "NO"
 """The `distributed_type` that means one process, unless the file says how many."""

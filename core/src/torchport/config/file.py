@@ -73,7 +73,24 @@ def read_layer(path: str) -> Layer:
     kind = str(content.get("distributed_type") or "")
     if kind.upper() == aliases.ONE_PROCESS and "num_processes" not in layer.values:
         layer.put("num_processes", 1, f"{path}: distributed_type")
+    if kind.upper() in aliases.TENSOR_PARALLEL:
+        _check_tensor_parallel(layer, kind, path)
     return layer
+
+
+def _check_tensor_parallel(layer: Layer, kind: str, path: str) -> None:
+    """Refuse a label that asks for tensor parallelism where the file does not say over how many processes."""
+    from torchport.plugin.parallelism import ParallelismConfig
+
+    size = next(item for item in schema.settings_of(ParallelismConfig) if item.name == "tp_size")
+    section = layer.sections.get(schema.section_of(ParallelismConfig))
+    if isinstance(section, Mapping) and any(section.get(key) not in (None, 1, "1") for key in size.keys):
+        return
+    raise ConfigurationError(
+        f"{path}: distributed_type: {kind} does not say how many processes share each layer",
+        hint=f"in its place `strategy: {aliases.MESH_PLUGIN}` and"
+        f" `{schema.section_of(ParallelismConfig)}: {{{size.yaml}: N}}` (--{size.flag} N)",
+    )
 
 
 def _read_key(layer: Layer, known: Mapping[str, str], key: str, value: Any, where: str) -> None:
