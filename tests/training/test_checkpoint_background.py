@@ -1,5 +1,6 @@
 """Saving in the background: what is saved is what was there when save_state was called."""
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torchport import Accelerator
-from torchport.checkpoint import atomic, project, snapshot, state
+from torchport.checkpoint import atomic, background, project, snapshot, state
 from torchport.checkpoint.snapshot import HostBuffers
 from torchport.checkpoint.weights import load_weights
 from torchport.errors import CheckpointError
@@ -218,3 +219,29 @@ def test_several_threads_copy_every_byte_of_a_large_snapshot(monkeypatch):
     for value in values:
         value.add_(1)
     assert all(map(torch.equal, copies, expected))
+
+
+def test_processes_that_are_lost_are_waited_for_together_and_once(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr(background, "time", clock)
+    store = torch.distributed.HashStore()
+    with background.StoreExchange(store, "save", 0, 4) as exchange:
+        store.set("torchport/checkpoint/save/1/1", pickle.dumps((None, "present")))
+        store.set("torchport/checkpoint/save/parted/1", "1")
+        values = exchange.gather((None, "leader"))
+        first = clock.now
+        assert [value for _, value in values] == ["leader", "present", None, None]
+        for rank in (2, 3):
+            assert f"rank {rank} has ended, or has not been heard of for 60 seconds" in str(values[rank][0])
+        store.set("torchport/checkpoint/save/2/1", pickle.dumps((None, "present")))
+        assert [value for _, value in exchange.gather((None, "leader"))] == ["leader", "present", None, None]
+    assert background.LOST <= first == clock.now < background.LOST + 1

@@ -57,6 +57,7 @@ class StoreExchange:
         self._round = 0
         self._ended = threading.Event()
         self._heard: dict[int, tuple[bytes, float]] = {}
+        self._lost: set[int] = set()
         self._beating: threading.Thread | None = None
 
     def __enter__(self) -> StoreExchange:
@@ -92,15 +93,17 @@ class StoreExchange:
         try:
             self._store.set(self._key(f"{key}/{self.rank}"), pickle.dumps(value))
             if self.rank:
-                told = self._await(f"{key}/all", 0)
-                if told is None:
+                told = self._await({0: f"{key}/all"})
+                if not told:
                     raise CheckpointError(*_lost(0))
-                values: list[Any] = pickle.loads(told)
+                values: list[Any] = pickle.loads(told[0])
                 return values
-            values = []
-            for rank in range(self.world_size):
-                told = self._await(f"{key}/{rank}", rank)
-                values.append((CheckpointError(*_lost(rank)), None) if told is None else pickle.loads(told))
+            ranks = range(self.world_size)
+            told = self._await({rank: f"{key}/{rank}" for rank in ranks})
+            values = [
+                pickle.loads(told[rank]) if rank in told else (CheckpointError(*_lost(rank)), None)
+                for rank in ranks
+            ]
             self._store.set(self._key(f"{key}/all"), pickle.dumps(values))
             return values
         except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
@@ -109,20 +112,30 @@ class StoreExchange:
                 reason=str(error).splitlines()[0],
             ) from error
 
-    def _await(self, key: str, rank: int) -> bytes | None:
-        """Return the value of a key that another process sets; `None` if that process has ended."""
+    def _await(self, keys: dict[int, str]) -> dict[int, bytes]:
+        """Return the values of keys that processes set, by rank, without those of processes that have ended.
+
+        All are waited for together, and none that has been lost is waited for again.
+        """
         pause, longest = _POLL
-        place = self._key(key)
-        self._heard.pop(rank, None)
-        while not self._store.check([place]):
-            if rank != self.rank and not self._is_alive(rank):
-                return None
+        told: dict[int, bytes] = {}
+        waiting = {rank: self._key(key) for rank, key in keys.items()}
+        self._heard.clear()
+        while True:
+            for rank, place in list(waiting.items()):
+                if self._store.check([place]):
+                    told[rank] = self._store.get(place)
+                elif rank == self.rank or self._is_alive(rank):
+                    continue
+                del waiting[rank]
+            if not waiting:
+                return told
             time.sleep(pause)
             pause = min(2 * pause, longest)
-        value: bytes = self._store.get(place)
-        return value
 
     def _is_alive(self, rank: int) -> bool:
+        if rank in self._lost:
+            return False
         place = self._key(f"alive/{rank}")
         beat: bytes = self._store.get(place) if self._store.check([place]) else b""
         before = self._heard.get(rank)
@@ -130,7 +143,9 @@ class StoreExchange:
         if before is None or before[0] != beat:
             self._heard[rank] = (beat, now)
             return True
-        return now - before[1] < LOST
+        if now - before[1] >= LOST:
+            self._lost.add(rank)
+        return rank not in self._lost
 
     def _beat(self) -> None:
         number = 0
@@ -148,8 +163,7 @@ class StoreExchange:
         if self.rank:
             return
         ranks = range(self.world_size)
-        for rank in ranks:
-            self._await(f"parted/{rank}", rank)
+        self._await({rank: f"parted/{rank}" for rank in ranks})
         self._fall_silent()
         names = [f"{kind}/{rank}" for kind in ("alive", "parted") for rank in ranks]
         rounds = range(1, self._round + 1)
