@@ -442,6 +442,33 @@ def test_a_checkpoint_of_another_type_of_device_is_loaded_and_the_generator_of_t
     assert model.weight.item() != 7.0
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_run_that_goes_back_amid_a_window_begins_a_new_one_without_its_gradients(tmp_path, inside):
+    accelerator = Accelerator(gradient_accumulation_steps=3)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.save_state(tmp_path / "state")
+    steps = []
+    for value in (1.0, float("nan"), 2.0, 4.0, 6.0, 8.0):
+        with accelerator.accumulate(model):
+            loss = model(torch.full((1, 1), value)).sum()
+            accelerator.backward(loss)
+            if inside and loss.isnan():
+                accelerator.load_state(tmp_path / "state")
+                assert model.weight.grad is None
+                continue
+            optimizer.step()
+            steps.append((accelerator.sync_gradients, model.weight.item()))
+            optimizer.zero_grad()
+        if loss.isnan():
+            accelerator.load_state(tmp_path / "state")
+            assert model.weight.grad is None
+            steps.pop()
+    assert steps == [(False, 1.0), (False, 1.0), (False, 1.0), (True, -1.0), (False, -1.0)]
+
+
 def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
     shared = torch.randn(4, 4)
     base = torch.randn(10)

@@ -149,7 +149,9 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
         self._autocast: Callable[[], AbstractContextManager[Any]] = precision.forward_context(self._context)
         self._contents = Contents(self._runtime, self._runtime.strategy(), precision)
         going_on = what_to_resume(resume, self.project_configuration, own=project_config is not None)
-        self._checkpoints = Checkpoints(self._contents, self.project_configuration, self, going_on)
+        self._checkpoints = Checkpoints(
+            self._contents, self.project_configuration, self, going_on, self._discard_gradients
+        )
         self._preparation = Preparation(
             self._contents,
             self._context,
@@ -305,6 +307,10 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
     ) -> Any:
         """Prepare a loader: this process's share of it, on its device."""
         return self._preparation.loader(data_loader, device_placement, slice_fn_for_dispatch)
+
+    def _discard_gradients(self) -> None:
+        """Begin a new accumulation window without the gradients of the last one."""
+        self._preparation.discard_gradients()
 
     def _bind(self) -> None:
         """Assign the callables of a step."""

@@ -84,6 +84,12 @@ class Preparation:
         )
         self.step([], [], [])
 
+    def discard_gradients(self) -> None:
+        """Begin a new accumulation window, without what was computed in the one before: a state has been loaded."""
+        self.window.reset()
+        for optimizer in self.contents.optimizers:
+            optimizer.discard_gradients()
+
     @property
     def backward(self) -> Callable[..., None]:
         """The callable that `Accelerator.backward` is."""

@@ -71,6 +71,8 @@ class CheckpointControl:
     def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> None:
         """Load what `save_state` saved, after verifying it; call it on every process.
 
+        Gradients of prepared optimizers are cleared, and the next micro-batch begins an accumulation window.
+
         Args:
             input_dir: The folder; with automatic naming, left out, the newest complete one.
 

@@ -45,6 +45,7 @@ class Checkpoints:
         project: The project's configuration.
         processes: The processes of the job.
         resume: What to go on from: `"auto"`, a folder, or nothing.
+        on_load: Called when a checkpoint has been loaded.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Checkpoints:
         project: ProjectConfiguration,
         processes: ProcessControl,
         resume: str = "",
+        on_load: Callable[[], None] | None = None,
     ) -> None:
         self.contents = contents
         self.project = project
@@ -61,6 +63,7 @@ class Checkpoints:
         self.load_hooks: list[Callable[..., Any]] = []
         self.resumed_from: str | None = None
         self._resume = resume
+        self._on_load = on_load
         runtime = contents.runtime
         self._buffers = HostBuffers(runtime.backend, runtime.device)
         self._running: BackgroundSave | None = None
@@ -175,6 +178,8 @@ class Checkpoints:
 
     def _load(self, source: Path, agreement: Agreement) -> None:
         manifest = state.load(self.contents, source, agreement, hooks=self.load_hooks)
+        if self._on_load is not None:
+            self._on_load()
         self._resume = ""
         if self.project.automatic_checkpoint_naming:
             self.project.iteration = int(manifest.get("iteration", -1)) + 1

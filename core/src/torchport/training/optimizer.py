@@ -49,6 +49,10 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         if self.gradient_state.sync_gradients:
             self._bound_zero_grad(self.optimizer, set_to_none)
 
+    def discard_gradients(self) -> None:
+        """Clear gradients wherever the accumulation window stands."""
+        self._bound_zero_grad(self.optimizer, True)
+
     # The wrapped optimizer's own state, as everything that takes an optimizer expects it.
 
     @property
