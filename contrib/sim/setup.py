@@ -12,11 +12,16 @@ except ImportError as error:
         " pip install torch first, then pip install --no-build-isolation torchport-sim"
     ) from error
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+SOURCES = sorted(str(path) for path in Path("csrc").iterdir())
 
 setup(
     ext_modules=[
-        CppExtension("sim_runtime._C", SOURCES, extra_compile_args=["-std=c++20", "-O1", "-g0", "-Wall"])
+        CppExtension(
+            "sim_runtime._C",
+            ["csrc/sim.cpp"],  # which includes the others
+            depends=SOURCES,
+            extra_compile_args=["-std=c++20", "-O1", "-g0", "-Wall"],
+        )
     ],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -11,7 +11,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-std::atomic<c10::DeviceIndex> count{0};
+std::atomic<c10::DeviceIndex> devices{0};
 thread_local c10::DeviceIndex current = 0;
 thread_local std::vector<c10::StreamId> streams; // of each device; 0, the default stream, beyond the end
 std::atomic<c10::StreamId> last_stream{0};
@@ -123,14 +123,14 @@ C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
 } // namespace
 
 void configure(const std::vector<size_t>& memory_limits) {
-  TORCH_CHECK(count == 0, "sim has ", int(count), " devices already");
+  TORCH_CHECK(devices == 0, "sim has ", int(devices), " devices already");
   set_memory_limits(memory_limits);
   make_default_generators(static_cast<c10::DeviceIndex>(memory_limits.size()));
-  count = static_cast<c10::DeviceIndex>(memory_limits.size());
+  devices = static_cast<c10::DeviceIndex>(memory_limits.size());
 }
 
 c10::DeviceIndex device_count() noexcept {
-  return count;
+  return devices;
 }
 
 c10::DeviceIndex current_device() noexcept {
@@ -138,7 +138,7 @@ c10::DeviceIndex current_device() noexcept {
 }
 
 c10::DeviceIndex checked(c10::DeviceIndex index) {
-  TORCH_CHECK(index < count, "sim has no device ", int(index), ": it has ", int(count), ", counted from 0");
+  TORCH_CHECK(index < devices, "sim has no device ", int(index), ": it has ", int(devices), ", counted from 0");
   return index < 0 ? current : index;
 }
 
