@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Preparation:
         for held in (contents.models, contents.optimizers, contents.schedulers, contents.loaders):
             held.clear()
         self._prepared: list[tuple[Any, bool, Any]] = []
+        self._parameters: set[int] = set()
         self.gradients.sync_gradients = True
         self.context.precision.scaling = None
         marks_steps = type(backend).step_boundary is not Backend.step_boundary
@@ -93,6 +94,8 @@ class Preparation:
     @property
     def backward(self) -> Callable[..., None]:
         """The callable that `Accelerator.backward` is."""
+        if self.context.topology.world_size > 1 and not self.contents.models:
+            return self._refuse_backward
         backward = self.bound.backward if self.bound.owns_accumulation else self.window.backward
         if any(fuses_backward(optimizer.optimizer) for optimizer in self.contents.optimizers):
             return functools.partial(backward_or_fused, backward, self.lomo_backward)
@@ -110,6 +113,8 @@ class Preparation:
                 f"device_placement has {len(placement)} values for {len(objects)} objects",
                 hint="one for each",
             )
+        for thing in objects:
+            _refuse_container(thing)
         result = [self._known(thing) for thing in objects]
         models = [i for i, thing in enumerate(result) if self._is_new_model(thing)]
         optimizers = [i for i, thing in enumerate(result) if _is_new_optimizer(thing)]
@@ -145,6 +150,8 @@ class Preparation:
     ) -> tuple[Sequence[torch.nn.Module], Sequence[AcceleratedOptimizer]]:
         """Let the strategy prepare models and optimizers, and take over its callables."""
         precision = self.context.precision
+        updated = [_updated(one) for one in optimizers]  # before the strategy puts others in their place
+        self._parameters.update(id(parameter) for model in models for parameter in model.parameters())
         request = PrepareRequest(
             models=tuple(compile_model(model, self.dynamo) for model in models),
             optimizers=tuple(precision.convert_optimizer(optimizer) for optimizer in optimizers),
@@ -156,7 +163,12 @@ class Preparation:
         )
         self.context.backend.adapt(request)
         prepared = self.contents.strategy.prepare(request)
-        wrapped = [AcceleratedOptimizer(one, prepared, self.gradients) for one in prepared.optimizers]
+        wrapped = [
+            AcceleratedOptimizer(
+                one, prepared, self.gradients, functools.partial(self._check_optimizer, type(raw), facts)
+            )
+            for one, raw, facts in zip(prepared.optimizers, optimizers, updated, strict=True)
+        ]
         raw = (*models, *optimizers)
         self._prepared += [
             (one, evaluation_only, made) for one, made in zip(raw, (*prepared.models, *wrapped), strict=True)
@@ -166,6 +178,28 @@ class Preparation:
         self.bound = prepared
         self.window.bind(prepared)
         return prepared.models, wrapped
+
+    def _refuse_backward(self, *_: Any, **__: Any) -> None:
+        processes = self.context.topology.world_size
+        raise ConfigurationError(
+            f"backward() where no model is prepared: {processes} processes would train {processes} models",
+            hint="model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
+        )
+
+    def _check_optimizer(self, kind: type, updated: Mapping[int, torch.Size]) -> None:
+        """Refuse the first step of an optimizer whose parameters would be others on each process."""
+        processes = self.context.topology.world_size
+        if processes == 1:
+            return
+        known = self._parameters | {id(one) for model in self.contents.models for one in model.parameters()}
+        strange = [shape for number, shape in updated.items() if number not in known]
+        if strange:
+            raise ConfigurationError(
+                f"the {kind.__name__} would make {processes} models of one, another on each process",
+                found=f"{len(strange)} of its {len(updated)} parameters, the first of shape {tuple(strange[0])}, are"
+                " of no model that was prepared",
+                hint="model, optimizer = accelerator.prepare(model, optimizer), for every module that it updates",
+            )
 
     def model(self, model: torch.nn.Module, place: bool | None, evaluation_only: bool) -> torch.nn.Module:
         """Prepare a model alone."""
@@ -259,6 +293,24 @@ class Preparation:
         return isinstance(thing, torch.nn.Module) and all(
             thing is not known for known in self.contents.models
         )
+
+
+def _updated(optimizer: torch.optim.Optimizer) -> dict[int, torch.Size]:
+    """Return identities and shapes of what an optimizer updates; the tensors themselves may be freed."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    return {id(one): one.shape for one in parameters if one.requires_grad}
+
+
+def _refuse_container(thing: Any) -> None:
+    """Refuse a list or tuple of what would be prepared by itself."""
+    if isinstance(thing, (list, tuple)):
+        for held in thing:
+            if isinstance(held, (torch.nn.Module, torch.optim.Optimizer, DataLoader)):
+                raise ConfigurationError(
+                    f"prepare() takes objects one by one, and was given a {type(thing).__name__} with a"
+                    f" {type(held).__name__}",
+                    hint="accelerator.prepare(*objects)",
+                )
 
 
 def _is_new_optimizer(thing: Any) -> bool:

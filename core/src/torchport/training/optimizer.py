@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,21 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         optimizer: The optimizer that the strategy prepared.
         prepared: The strategy's bound callables.
         gradients: The shared gradient state.
+        check: Called before the first step.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, prepared: Prepared, gradients: GradientState
+        self,
+        optimizer: torch.optim.Optimizer,
+        prepared: Prepared,
+        gradients: GradientState,
+        check: Callable[[], None] | None = None,
     ) -> None:
         # No super().__init__: state and parameter groups are those of the wrapped optimizer.
         self.optimizer = optimizer
         self.gradient_state = gradients
-        self._bound_step = stepped_in_backward if fuses_backward(optimizer) else prepared.step
+        step = stepped_in_backward if fuses_backward(optimizer) else prepared.step
+        self._bound_step = step if check is None else functools.partial(self._first_step, check, step)
         self._bound_zero_grad = prepared.zero_grad
         self._applied = True
 
@@ -43,6 +50,17 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         """Step at the end of an accumulation window; elsewhere do nothing."""
         if self.gradient_state.sync_gradients:
             self._applied = self._bound_step(self.optimizer, closure)
+
+    def _first_step(
+        self,
+        check: Callable[[], None],
+        step: Callable[..., bool],
+        optimizer: torch.optim.Optimizer,
+        closure: Any,
+    ) -> bool:
+        check()
+        self._bound_step = step
+        return step(optimizer, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients at the end of an accumulation window; elsewhere keep them."""
