@@ -131,3 +131,30 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
     accelerator.save_state(tmp_path / "other")
     atomic.verify(tmp_path / "state")
     assert leftovers(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_not_there_is_missed_before_training(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="no such folder\n  reason: asked for by the argument resume"):
+        Accelerator(resume=tmp_path / "nowhere")
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("TORCHPORT_RESUME", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"no manifest\.json\n  reason: asked for by TORCHPORT_RESUME"):
+        Accelerator()
+    AcceleratorState._reset_state()
+    with pytest.raises(ConfigurationError, match="resume=True is no checkpoint"):
+        Accelerator(resume=True)
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(tmp_path):
+    accelerator, model, _ = run()
+    accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.save_state(tmp_path / "sgd")
+    accelerator, model, _ = run()
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.bin was saved by another kind of optimizer"
+    ) as refused:
+        accelerator.load_state(tmp_path / "sgd")
+    assert "dampening" in str(refused.value)
+    assert "betas" in str(refused.value)
+    assert "betas" in optimizer.param_groups[0]

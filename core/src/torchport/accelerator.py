@@ -25,6 +25,7 @@ from torchport.config.kwargs import (
     ProfileKwargs,
     ProjectConfiguration,
     first_of,
+    listed,
     read_steps,
 )
 from torchport.data.prepare import skip_first_batches
@@ -115,7 +116,7 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
         **aliases: Any,
     ) -> None:
         slots = {"backend": backend, "strategy": strategy, "precision": precision, "collectives": collectives}
-        handlers = tuple(kwargs_handlers or ())
+        handlers = listed(kwargs_handlers)
         slots["collectives"] = collectives or first_of(handlers, InitProcessGroupKwargs).backend
         slots["trackers"] = trackers
         arguments = resolve_keywords(aliases, slots, known=_PARAMETERS)

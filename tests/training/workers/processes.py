@@ -551,5 +551,26 @@ def check_nothing_that_takes_all_processes_works_after_the_end_of_the_run(folder
         again.wait_for_everyone()
 
 
+def check_what_is_not_prepared_is_not_trained(folder):
+    accelerator, model, other = fresh(), network(), network()
+    with pytest.raises(ConfigurationError, match="2 processes would train 2 models"):
+        accelerator.backward(model(torch.ones(1, 3)).sum())
+    with pytest.raises(
+        ConfigurationError, match=r"a list with a Linear\n  try:    accelerator.prepare\(\*objects\)"
+    ):
+        accelerator.prepare([model])
+    parameters = [*model.parameters(), *other.parameters()]
+    optimizer = accelerator.prepare(torch.optim.SGD(parameters, lr=0.1))
+    model = accelerator.prepare(model)
+    accelerator.backward(model(torch.ones(1, 3)).sum())
+    before = [parameter.clone() for parameter in parameters]
+    with pytest.raises(ConfigurationError, match=r"2 of its 4 parameters, the first of shape \(2, 3\)"):
+        optimizer.step()
+    assert all(map(torch.equal, parameters, before))
+    accelerator.prepare(other)
+    optimizer.step()
+    assert not torch.equal(parameters[0], before[0])
+
+
 if __name__ == "__main__":
     run_checks(dict(globals()))

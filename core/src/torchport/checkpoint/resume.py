@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torchport import envvars
+from torchport.checkpoint.target import MANIFEST
 from torchport.config.kwargs import ProjectConfiguration
-from torchport.errors import ConfigurationError
+from torchport.errors import CheckpointError, ConfigurationError
 
 AUTO = "auto"
 """Go on from the newest complete checkpoint of the project, if there is one."""
@@ -51,11 +53,23 @@ def what_to_resume(asked: str | os.PathLike[str] | None, project: ProjectConfigu
         own: Whether the script gave a configuration of its own.
 
     Raises:
-        ConfigurationError: if it is `"auto"`, and checkpoints have no folder or no numbers.
+        ConfigurationError: if it is neither a folder nor `"auto"`, or if it is `"auto"`, and checkpoints have no folder
+            or no numbers.
+        CheckpointError: if there is no checkpoint in the folder.
     """
+    if isinstance(asked, bool):
+        raise ConfigurationError(
+            f"resume={asked} is no checkpoint", hint="resume='auto', or the folder of one"
+        )
     source = "resume='auto'" if asked is not None else f"{envvars.RESUME}=auto"
     value = os.environ.get(envvars.RESUME, "") if asked is None else os.fspath(asked)
     if value != AUTO:
+        if value and not Path(value, MANIFEST).is_file():
+            raise CheckpointError(
+                f"there is no complete checkpoint to go on from in {value}",
+                found=f"no {MANIFEST}" if Path(value).is_dir() else "no such folder",
+                reason=f"asked for by {'the argument resume' if asked is not None else envvars.RESUME}",
+            )
         return value
     if project.project_dir is None:
         raise ConfigurationError(

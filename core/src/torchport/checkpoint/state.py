@@ -239,7 +239,7 @@ def _restore(
                 f"the weights in {source} do not fit the model", reason=str(error)
             ) from error
     for index, optimizer in optimizers.items():
-        state = read(functools.partial(_read, source / f"{_numbered(OPTIMIZER_NAME, index)}.bin"))
+        state = read(functools.partial(_read_optimizer, source, index, optimizer))
         strategy.load_optimizer_state_dict(owners[index], optimizer.optimizer, state)
     for index, scheduler in enumerate(contents.schedulers):
         state = _read(source / f"{_numbered(SCHEDULER_NAME, index)}.bin")
@@ -251,6 +251,25 @@ def _restore(
     for index, thing in enumerate(contents.custom):
         thing.load_state_dict(_read(source / f"{CUSTOM_NAME}_{index}.pkl"))
     _restore_rng(source, int(manifest.get("world_size", 1)), contents.runtime)
+
+
+def _read_optimizer(source: Path, index: int, optimizer: torch.optim.Optimizer) -> Any:
+    """Read an optimizer's state, and refuse that of another kind.
+
+    Releases of PyTorch add settings to a kind; one kind has settings that the other lacks only if they are two.
+    """
+    state = _read(source / f"{_numbered(OPTIMIZER_NAME, index)}.bin")
+    ours, saved = (
+        {name for group in groups for name in group}
+        for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if ours - saved and saved - ours:
+        raise CheckpointError(
+            f"{_numbered(OPTIMIZER_NAME, index)}.bin was saved by another kind of optimizer",
+            found=f"settings {', '.join(sorted(saved - ours))}, and none of {', '.join(sorted(ours - saved))}",
+            hint="prepare the optimizer that was saved",
+        )
+    return state
 
 
 def _restore_rng(source: Path, saved_by: int, runtime: Runtime) -> None:

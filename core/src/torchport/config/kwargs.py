@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -229,6 +229,20 @@ def read_steps(value: Any, where: str) -> int:
     return steps
 
 
+def listed(handlers: Iterable[Any] | None) -> tuple[Any, ...]:
+    """Return what `kwargs_handlers` was given.
+
+    Raises:
+        ConfigurationError: if it is a dictionary of keyword arguments.
+    """
+    if isinstance(handlers, (str, Mapping)):
+        raise ConfigurationError(
+            f"kwargs_handlers takes a list of settings, not a {type(handlers).__name__}",
+            hint="kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]",
+        )
+    return tuple(handlers or ())
+
+
 def first_of(handlers: Iterable[Any], kind: type) -> Any:
     """Return the first handler of a kind, or one with the defaults."""
     return next((handler for handler in handlers if isinstance(handler, kind)), None) or kind()
@@ -244,4 +258,5 @@ __all__ = [
     "ProfileKwargs",
     "ProjectConfiguration",
     "first_of",
+    "listed",
 ]

@@ -95,14 +95,12 @@ class GradientControl:
         """
         if not self.sync_gradients:
             return None
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        return self._bound.clip_grad_norm(parameters, max_norm, norm_type)
+        return self._bound.clip_grad_norm(_listed(parameters), max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Iterable[torch.Tensor] | torch.Tensor, clip_value: float) -> None:
         """Clip each element of the gradients (`torch.nn.utils.clip_grad_value_`), where a window ends."""
         if self.sync_gradients:
-            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-            self._bound.clip_grad_value(parameters, clip_value)
+            self._bound.clip_grad_value(_listed(parameters), clip_value)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
         """Divide the loss scale out of the gradients of some optimizers, or of all."""
@@ -127,3 +125,9 @@ class GradientControl:
             UnsupportedOperationError: over several processes, in float16 or under gradient accumulation.
         """
         self._preparation.lomo_backward(loss, learning_rate)
+
+
+def _listed(parameters: Iterable[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
+    if isinstance(parameters, torch.nn.Module):
+        raise TypeError("clipping takes parameters, not a module: model.parameters()")
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
