@@ -259,12 +259,14 @@ def launch_script(
         plugins, broken = plugin_settings(installed)
         resolved = apply_settings(resolved, plugin_flags, plugins, broken)
     request = Request(settings=resolved.sections, config_file=resolved.config_file)
-    job = make_job(resolved, request, installed, script, tuple(arguments))
+    words = tuple(arguments)
+    job = make_job(resolved, request, installed, script, words)
     decision = choose_launcher(request, resolved.environ, installed, _features(resolved.config))
     if decision.spec is None:
         raise TypeError("the launcher slot is empty")
     if not resolved.config.quiet:
-        for sentence in resolved.overrides:
+        misplaced = preflight.misplaced_flags(resolved, job.num_processes, script, words)
+        for sentence in (*resolved.overrides, *misplaced):
             click.echo(f"torchport: {sentence}", err=True)
     launcher: Launcher = load_reference(decision.spec.factory)(decision.spec, decision.config)
     return launcher.launch(job)
@@ -295,6 +297,7 @@ def make_job(
             each = len(devices) if chosen else max(1, installed.probe(backend).count)
             num_processes = each * max(1, config.num_machines)
     preflight.check_shape(resolved, num_processes)
+    preflight.check_outer_ranks(resolved.environ, num_processes)
     if mesh is not None:
         mesh.check_world_size(num_processes, asked)
     preflight.check_port(resolved)

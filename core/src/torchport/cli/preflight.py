@@ -14,6 +14,7 @@ from torchport.plan.registry import Installed
 from torchport.plan.request import Request, Sources, find_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from importlib.machinery import ModuleSpec
 
     from torchport.plugin.parallelism import ParallelismConfig
@@ -70,6 +71,57 @@ def check_shape(resolved: Resolved, num_processes: int) -> None:
         raise ConfigurationError(
             f"{origins['max_restarts']} must not be negative", found=str(config.max_restarts)
         )
+
+
+def check_outer_ranks(environ: Mapping[str, str], num_processes: int) -> None:
+    """Refuse to start one process, which would train alone, where variables describe one of several.
+
+    A launcher inside the process of another launcher, which has set `LOCAL_RANK`, starts a job of its own.
+
+    Raises:
+        LaunchError: with the flags that say the same.
+    """
+    world_size = environ.get(envvars.WORLD_SIZE, "")
+    if (
+        num_processes != 1
+        or environ.get(envvars.LOCAL_RANK)
+        or not world_size.isdigit()
+        or int(world_size) < 2
+    ):
+        return
+    names = (envvars.RANK, envvars.WORLD_SIZE, envvars.MASTER_ADDR, envvars.MASTER_PORT)
+    raise LaunchError(
+        f"{envvars.WORLD_SIZE}={world_size} is set, and this launch is of one process",
+        found=", ".join(f"{name}={environ[name]}" for name in names if environ.get(name)),
+        reason="the launcher numbers the processes itself: this one would train alone",
+        hint=f"unset {envvars.WORLD_SIZE}; or, for one process on each of {world_size} machines:"
+        f" --num-processes {world_size} --num-machines {world_size}"
+        f" --machine-rank {environ.get(envvars.RANK) or 'N'}"
+        f" --main-process-ip {environ.get(envvars.MASTER_ADDR) or 'ADDRESS'}",
+    )
+
+
+def misplaced_flags(
+    resolved: Resolved, num_processes: int, script: str, arguments: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return one sentence for each number of processes or machines that follows the script and is its own.
+
+    Where the launcher has got that number too, or runs another program than Python, nothing is said.
+    """
+    if resolved.config.no_python:
+        return ()
+    sentences = []
+    for token, value in zip(arguments, (*arguments, "")[1:], strict=True):
+        flag, equals, text = token.partition("=")
+        name = "num_processes" if flag == "-n" else flag.removeprefix("--").replace("-", "_")
+        counts = name in ("num_processes", "num_machines") and flag.startswith("-")
+        if counts and (text if equals else value).isdigit() and name not in resolved.origins:
+            number = num_processes if name == "num_processes" else resolved.config.num_machines
+            sentences.append(
+                f"{flag} after {script} goes to the script; the launch is of {name}={number}:"
+                " the launcher's own flags come before the script"
+            )
+    return tuple(sentences)
 
 
 def mesh(resolved: Resolved, request: Request, installed: Installed) -> tuple[ParallelismConfig | None, str]:

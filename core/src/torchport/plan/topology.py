@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torchport import envvars
 from torchport.errors import LaunchError
 from torchport.plan.registry import Installed, load_reference
 from torchport.plugin.installation import missing_runtime
@@ -32,7 +33,10 @@ def detect_topology(environ: Mapping[str, str], installed: Installed) -> Topolog
             problem = problem or LaunchError(
                 f"the variables of launcher {spec.name!r} do not describe a place in a job",
                 reason=str(error),
-                hint="unset them, or start the script with `torchport launch`",
+                hint="unset them, start the script with `torchport launch`, or set "
+                f"{envvars.LOCAL_RANK} and {envvars.LOCAL_WORLD_SIZE} too"
+                if environ.get(envvars.RANK) and not environ.get(envvars.LOCAL_RANK)
+                else "unset them, or start the script with `torchport launch`",
             )
             continue
         if topology is not None:
