@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from torchport import envvars
-from torchport.builtin.processes import dying_with_parent
-from torchport.builtin.supervisor import DECISION, ENDING, FAULT_GRACE, SIGNAL_GRACE, describe_exit
+from torchport.builtin.processes import describe_exit, dying_with_parent
+from torchport.builtin.supervisor import DECISION, ENDING, FAULT_GRACE, SIGNAL_GRACE
 from torchport.errors import WorkerError
 from torchport.ops import exchange
 from torchport.runtime import Runtime

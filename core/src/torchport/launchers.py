@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from torchport import envvars
 from torchport.aliases import translate_environment
+from torchport.builtin.processes import describe_exit
 from torchport.builtin.ranks import cores, free_port, rank_variables, without_ranks
-from torchport.builtin.supervisor import describe_exit
 from torchport.errors import ConfigurationError, LaunchError, WorkerError
 from torchport.forked import ForkedWorkers, enter_worker, pause_openmp
 from torchport.plan.discovery import discover

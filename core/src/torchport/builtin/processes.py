@@ -98,3 +98,27 @@ def cannot_execute(command: tuple[str, ...], error: OSError) -> LaunchError:
         reason=error.strerror or str(error),
         hint="a program run with --no-python must be executable and start with a line such as #!/bin/sh",
     )
+
+
+def describe_exit(returncode: int) -> str:
+    """Say in words how a process ended."""
+    if returncode >= 0:
+        return f"with exit code {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    advice = {
+        "SIGKILL": ": was the machine out of memory? (dmesg | grep -i oom)",
+        "SIGBUS": ": is shared memory full? (df -h /dev/shm)",
+        "SIGSEGV": ": PYTHONFAULTHANDLER=1 shows where",
+    }.get(name, "")
+    return f"killed by {name}{advice}"
+
+
+def describe_leavers(ranks: list[int]) -> str:
+    """Name the ranks that have left the others although nothing failed in them."""
+    if not ranks:
+        return ""
+    who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return f"; {who} had ended with exit code 0 before"

@@ -20,6 +20,8 @@ from torchport.builtin.processes import (
     FORWARDED,
     Signals,
     cannot_execute,
+    describe_exit,
+    describe_leavers,
     dying_with_parent,
     exit_code_of,
     terminal_columns,
@@ -38,6 +40,9 @@ STALE = 5.0
 
 DECISION = 0.3
 """Seconds to wait for the culprit when the first rank to exit seems to have failed because of another."""
+
+LEAVING = 1.2
+"""Seconds to wait longer if nobody else has ended: a rank that leaves closes its connections long before it ends."""
 
 UNCAUGHT = 0.1
 """Seconds after the beginning of a traceback that nobody caught for which its process may end by itself."""
@@ -64,6 +69,7 @@ class Worker:
         self.rank, self.process, self.out, self.err = rank, process, out, err
         self.returncode: int | None = None
         self.failed_at: float | None = None
+        self.ended_at = 0.0
 
     @property
     def alive(self) -> bool:
@@ -100,6 +106,7 @@ class Supervisor:
         self.received: int | None = None
         self._selector = selectors.DefaultSelector()
         self._stopped = 0
+        self._ended_before: list[int] = []
         self._cut_short = False
         self._decide_at: float | None = None
         self._kill_at: float | None = None
@@ -184,7 +191,7 @@ class Supervisor:
         self.console.flush()
 
     def _timeout(self) -> float:
-        deadlines = [self._decide_at, self._kill_at]
+        deadlines = [self._decide_at and self._decide_at + self._patience(), self._kill_at]
         for worker in self.workers:
             if worker.err.held_since is not None and not self._stopping:
                 deadlines.append(worker.err.held_since + self._hold(worker))
@@ -222,12 +229,17 @@ class Supervisor:
                 worker.err.release()
             if self._ending(worker) and now >= (worker.err.uncaught_at or 0.0) + UNCAUGHT:
                 self._fail(worker)
-        if self._decide_at is not None and now >= self._decide_at:
+        if self._decide_at is not None and now >= self._decide_at + self._patience():
             self._decide()
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             self._cut_short = self.culprit is not None and self.culprit.alive
             self._signal_all(signal.SIGKILL)
+
+    def _patience(self) -> float:
+        """Seconds to wait longer for whoever has left the others, where nobody else has ended yet."""
+        caused = all(worker.err.consequence for worker in self._failed)
+        return LEAVING * (caused and all(worker.alive or worker.failed_at for worker in self.workers))
 
     def _hold(self, worker: Worker) -> float:
         """How long this worker's traceback is held back."""
@@ -267,7 +279,7 @@ class Supervisor:
             return
         # While the exited leader is not reaped, its process group cannot be somebody else's.
         worker.signal_group(signal.SIGKILL if code or self._stopping else signal.SIGTERM)
-        worker.returncode = worker.process.wait()
+        worker.returncode, worker.ended_at = worker.process.wait(), time.monotonic()
         for pipe, stream in list(worker.pipes):
             for _ in range(1024):  # what the pipe holds; a process that escaped may keep it open for ever
                 if pipe.closed or not self._drain(pipe, stream):
@@ -317,6 +329,12 @@ class Supervisor:
         for worker in self.workers:
             if worker is not self.culprit:
                 worker.err.discard(everything=True)
+        first = self.culprit.err.traceback_at or self.culprit.failed_at or 0.0
+        self._ended_before = [
+            worker.rank
+            for worker in self.workers
+            if worker.returncode == 0 and (self.culprit.err.consequence or worker.ended_at < first)
+        ]
         self._stopped = sum(worker.alive or worker.failed_at is not None for worker in self.workers) - 1
         self._stop(signal.SIGTERM, FAULT_GRACE)
         if self.culprit.alive and self.culprit.err.uncaught_at is not None and self._kill_at is not None:
@@ -361,7 +379,7 @@ class Supervisor:
             self._decide()
         if self.culprit is not None and not self.job.quiet:
             self.culprit.err.release()
-            how = describe_exit(self._culprit_code())
+            how = describe_exit(self._culprit_code()) + describe_leavers(self._ended_before)
             stopped = {0: "", 1: "; the other rank was stopped"}.get(
                 self._stopped, f"; the other {self._stopped} ranks were stopped"
             )
@@ -388,19 +406,3 @@ class Supervisor:
         if code is None or (self._cut_short and code < 0):
             return 1  # what Python returns after an exception that nobody caught
         return code
-
-
-def describe_exit(returncode: int) -> str:
-    """Say in words how a process ended."""
-    if returncode >= 0:
-        return f"with exit code {returncode}"
-    try:
-        name = signal.Signals(-returncode).name
-    except ValueError:
-        name = f"signal {-returncode}"
-    advice = {
-        "SIGKILL": ": was the machine out of memory? (dmesg | grep -i oom)",
-        "SIGBUS": ": is shared memory full? (df -h /dev/shm)",
-        "SIGSEGV": ": PYTHONFAULTHANDLER=1 shows where",
-    }.get(name, "")
-    return f"killed by {name}{advice}"
