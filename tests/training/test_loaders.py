@@ -366,6 +366,44 @@ def test_a_validation_loop_amid_training_ends_no_window():
     assert ends == [False, False, True] * 2
 
 
+class Stream(IterableDataset):
+    """Numbers, with a state."""
+
+    begin = 0
+
+    def __iter__(self):
+        while self.begin < 12:
+            self.begin += 1
+            yield self.begin - 1
+        self.begin = 0
+
+    def state_dict(self):
+        return {"begin": self.begin}
+
+    def load_state_dict(self, state):
+        self.begin = state["begin"]
+
+
+@pytest.mark.parametrize("dataset", [NUMBERS, Stream()], ids=["indices", "stream"])
+def test_a_pass_that_goes_on_amid_an_epoch_tells_once_what_it_leaves_out(dataset):
+    every = [[n, n + 1] for n in range(0, 12, 2)]
+    loader = fresh().prepare(DataLoader(dataset, batch_size=2))
+    amid = iter(loader)
+    states = [(next(amid), loader.order_state())[1] for _ in range(2)]
+    for given, (state, what) in enumerate(zip(states, ("batch", "2 batches"), strict=True), start=1):
+        loader.load_order_state(state)
+        with pytest.warns(UserWarning, match=f"{type(dataset).__name__} .* the first {what} that") as told:
+            passes = batches(loader), batches(loader)
+        assert passes == (every[given:], every)
+        assert [warning.filename for warning in told] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for skipped in (0, given):
+                loader.load_order_state(state)
+                assert batches(skip_first_batches(loader, skipped)) == every[skipped:]
+                assert batches(loader) == every
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_torchdatas_loader_goes_on_where_it_stood(workers, tmp_path):
     def run():
@@ -388,7 +426,9 @@ def test_torchdatas_loader_goes_on_where_it_stood(workers, tmp_path):
     for gone_on in (lambda loader: loader, lambda loader: skip_first_batches(loader, 2)):
         accelerator, loader = run()
         accelerator.load_state(tmp_path / "state")
-        assert batches(gone_on(loader)) == expected[2:]
+        with warnings.catch_warnings(record=True) as told:
+            assert batches(gone_on(loader)) == expected[2:]
+        assert [str(w.message) for w in told if "it leaves out" in str(w.message)] == []
         assert [batches(loader), batches(loader)] == following
     assert sorted(itertools.chain(*expected)) == list(range(12))
 

@@ -183,6 +183,12 @@ def check_a_run_saved_amid_an_epoch_goes_on(folder):
     accelerator.load_state(folder / "amid")
     assert [batch.tolist() for (batch,) in skip_first_batches(loader, 2)] == expected[2:]
     assert seen(loader) == following
+    accelerator.load_state(folder / "amid")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert [batch.tolist() for (batch,) in loader] == expected[2:]
+    told = ["it leaves out the first 2 batches that" in str(w.message) for w in told]
+    assert told == [True] * accelerator.is_main_process
 
 
 def check_joining_cannot_fill_up_batches_without_a_size(folder):

@@ -126,6 +126,9 @@ class DataLoaderDispatcher(DataLoaderShard):
         return max(0, rounds - self.skip_batches)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
         epoch = self._begin()
         if self.channel.rank != 0:
             return self._give(self._receive(), epoch)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchport.data.iterable import AsWorker, IterableDatasetShard, Read, has_state, watch_worker
 from torchport.data.order import Epoch, Order, RememberedSampler, epoch_counter, share_length
-from torchport.data.position import load_order, save_order, skip_rounds
+from torchport.data.position import load_order, save_order, skip_rounds, tell_what_is_left_out
 from torchport.data.prefetch import ReadAhead
 from torchport.data.samplers import (
     BEGINNING,
@@ -35,6 +35,7 @@ class DataLoaderShard(DataLoader[Any]):
         batches_left: Number of batches still to come; `None` while the number is not known.
         real_samples: For each process, how many samples of the current round are not repeated ones; `None` where
             all are real, or `remainder` tells.
+        tells_what_is_left_out: Whether a warning says so where a pass goes on amid an epoch.
 
     Args:
         dataset: The data set.
@@ -50,6 +51,8 @@ class DataLoaderShard(DataLoader[Any]):
         prefetch: Copies the next batch to the device while the current one is computed on.
         **kwargs: As for `torch.utils.data.DataLoader`.
     """
+
+    tells_what_is_left_out = True
 
     def __init__(
         self,
@@ -205,6 +208,8 @@ class DataLoaderShard(DataLoader[Any]):
         start = Start(self.skip_batches * self.step) if self.skip_batches else BEGINNING
         if resumed is not None and not self.from_beginning:
             start = resumed.start
+            if self.tells_what_is_left_out:
+                tell_what_is_left_out(self, start)
         epoch = self.order.running = Epoch(start=start, step=self.step)
         return epoch
 

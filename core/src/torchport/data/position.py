@@ -7,6 +7,7 @@ to any number of processes: where they take batches of another size than before,
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.utils.data import IterableDataset
 
 from torchport.data.iterable import IterableDatasetShard, Place, has_state
 from torchport.data.order import Beginning, Resumed, epoch_counter, generator_holder
-from torchport.data.samplers import SHARES, Start, takes_batches_of_a_sampler
+from torchport.data.samplers import BEGINNING, SHARES, Start, takes_batches_of_a_sampler
 from torchport.errors import ConfigurationError
+from torchport.runtime import Runtime
 from torchport.training.random import host_rng_states, set_host_rng_states
 
 if TYPE_CHECKING:
@@ -133,6 +135,29 @@ def skip_rounds(loader: DataLoaderShard, start: Start) -> int:
     return rounds
 
 
+def tell_what_is_left_out(loader: DataLoaderShard, start: Start) -> None:
+    """Warn on the main process that a pass goes on amid an epoch: a script may be about to skip batches itself.
+
+    Args:
+        loader: The loader.
+        start: Where it goes on; at the beginning, nothing is said.
+    """
+    runtime = Runtime.current
+    if start == BEGINNING or (runtime is not None and runtime.topology.rank != 0):
+        return
+    batches, amid_round = divmod(start.batches, loader.step)
+    used, same = "the samples", ""  # by another number of processes, or in batches of another size
+    if not amid_round and not start.samples:
+        used = "the first batch" if batches == 1 else f"the first {batches} batches"
+        same = f"skip_first_batches(loader, {batches}) does the same without this warning, "
+    warnings.warn(
+        f"the loader of {type(loader.user_dataset).__name__} goes on amid an epoch: it leaves out {used} that the"
+        f" epoch had before the checkpoint. Do not skip them again; {same}skip_first_batches(loader, 0) begins the"
+        " epoch anew.",
+        stacklevel=5,  # the script's loop: behind __iter__, _batches and _begin
+    )
+
+
 def _set_generator(loader: DataLoaderShard, state: torch.Tensor) -> None:
     holder = generator_holder(loader.given_sampler)
     if loader.synchronized_generator is None and holder is not None and holder.generator is None:
@@ -193,4 +218,4 @@ def _size(loader: DataLoaderShard) -> int | None:
     return int(sampler.batch_size)
 
 
-__all__ = ["has_state", "load_order", "own_part", "save_order", "skip_rounds"]
+__all__ = ["has_state", "load_order", "own_part", "save_order", "skip_rounds", "tell_what_is_left_out"]

@@ -61,6 +61,8 @@ class StatefulShard(DataLoaderShard):
         **kwargs: As for `DataLoaderShard`.
     """
 
+    tells_what_is_left_out = False  # who asks for such a loader knows that it goes on by itself
+
     def __init__(self, dataset: Any, reader: Any, **kwargs: Any) -> None:
         super().__init__(dataset, **kwargs)
         self.reader_class = reader
