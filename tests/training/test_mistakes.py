@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torchport import Accelerator, GradientAccumulationPlugin, InitProcessGroupKwargs, PartialState
-from torchport.errors import ConfigurationError
+from torchport.errors import ConfigurationError, UnavailableError
+from torchport.plan.decision import Decision
 from torchport.plan.discovery import discover
+from torchport.plugin import PrecisionSpec
+from torchport.runtime import build
 from torchport.state import AcceleratorState
 from torchport.utils import concatenate, convert_to_fp32, recursively_apply, send_to_device
 
@@ -77,6 +80,13 @@ def test_a_timeout_that_is_none_is_refused(value):
         InitProcessGroupKwargs(timeout=value)
     assert repr(value) in str(raised.value)
     assert "datetime.timedelta(minutes=30)" in str(raised.value)
+
+
+def test_a_plugin_that_cannot_be_built_names_the_command_that_finds_out_why():
+    spec = PrecisionSpec(name="acme", factory="json:PreciSion")
+    with pytest.raises(UnavailableError, match="has no attribute 'PreciSion'") as caught:
+        build(Decision(slot="precision", choice=("acme",), source="TORCHPORT_PRECISION", specs=(spec,)))
+    assert caught.value.hint == "torchport conformance acme --kind precision --level L0"
 
 
 @pytest.mark.parametrize("text", ["inf", "0", "-5", "ten", "1e400"])

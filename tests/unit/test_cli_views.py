@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+from torchport.cli import cli
+
 LONG = "the driver was built for another kernel, " * 12 + "so reboot"
 CHIP = f"""
     from torchport.plugin import BackendSpec, Probe, hookimpl
@@ -203,3 +207,23 @@ def test_doctor_foresees_that_automatic_selection_would_refuse_to_guess(site):
     )
     told = json.loads(torchport("doctor", "--json").stdout)
     assert "chip and cpu are available and equally good (priority 0)" in told["findings"][0]["message"]
+
+
+# --- commands that do not exist ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("config", "`torchport plan --config-file FILE`"),
+        ("env", "`torchport doctor`"),
+        ("estimate-memory", "`torchport plan`"),
+        ("test", "`torchport conformance cpu`"),
+        ("lunch", "Did you mean 'launch'?"),
+    ],
+)
+def test_a_command_that_does_not_exist_names_the_nearest_that_does(name, nearest):
+    told = CliRunner().invoke(cli, [name])
+    assert told.exit_code == 2
+    assert f"there is no command {name!r}" in told.output
+    assert nearest in told.output

@@ -136,6 +136,14 @@ PRESENT = Probe(available=True, count=4)
 ABSENT = Probe(available=False, reason="no chip on the bus: is the driver loaded?")
 
 
+def test_a_factory_that_cannot_be_imported_is_refused_with_the_command_that_finds_out_why():
+    made = Installed()
+    with pytest.raises(UnavailableError) as caught:
+        made.capabilities(backend("chip", factory="json:BackEnd"))
+    assert caught.value.found == "factory json:BackEnd"
+    assert caught.value.hint == "torchport conformance chip --kind backend --level L0"
+
+
 # --- automatic -----------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,17 @@ INERT_FLAGS: Mapping[str, Inert] = {
 }
 """Flags that take a value and ask for nothing with these."""
 
+COMMANDS: Mapping[str, str] = {
+    "config": "write the YAML file by hand, with the keys of docs/environment.md;"
+    " `torchport plan --config-file FILE` checks it",
+    "env": "`torchport doctor` shows versions, devices and what is wrong with them",
+    "estimate-memory": "nothing estimates memory beforehand; the nearest is `torchport plan`, which shows the"
+    " strategies that could shard the model",
+    "test": "`torchport plan` shows what a script would get here, and `torchport conformance cpu` proves that"
+    " a plugin works",
+}
+"""Documented commands that do not exist: what does the nearest to each."""
+
 # --- YAML ---
 
 YAML_KEYS: Mapping[str, str] = {

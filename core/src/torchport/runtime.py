@@ -21,7 +21,7 @@ from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError, PlanMismatchError, UnavailableError
 from torchport.ops import exchange
 from torchport.plan.discovery import discover
-from torchport.plan.registry import Installed, load_reference
+from torchport.plan.registry import Installed, how_to_check, load_reference
 from torchport.plan.request import SLOTS
 from torchport.plan.selection import Decision, Plan, Request, plan
 from torchport.plan.topology import detect_topology
@@ -52,7 +52,7 @@ def build(decision: Decision) -> Any:
             f"{decision.slot} {decision.name!r} ({decision.source}) could not be built",
             found=f"its factory {decision.spec.factory}",
             reason=f"{type(error).__name__}: {error}",
-            hint="torchport doctor",
+            hint=how_to_check(decision.spec),
         ) from error
 
 

@@ -52,6 +52,10 @@ class LazyGroup(click.Group):
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
             import difflib
 
+            from torchport.aliases import COMMANDS
+
+            if name in COMMANDS:
+                ctx.fail(f"there is no command {name!r}: {COMMANDS[name]}.")
             near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " Try 'torchport --help'."
             ctx.fail(f"there is no command {name!r}.{hint}")

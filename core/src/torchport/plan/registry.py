@@ -210,9 +210,14 @@ class Installed:
                     f"backend {spec.name!r} cannot be built",
                     found=f"factory {spec.factory}",
                     reason=f"{type(error).__name__}: {error}",
-                    hint="torchport doctor",
+                    hint=how_to_check(spec),
                 ) from error
         return self._capabilities[spec.name]
+
+
+def how_to_check(spec: Spec) -> str:
+    """Return the command that builds a plugin and checks it: what to type where its factory has failed."""
+    return f"torchport conformance {spec.name} --kind {spec.kind} --level L0"
 
 
 def _probe(spec: Any) -> tuple[Probe, bool]:
