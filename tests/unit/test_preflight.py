@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torchport.cli import preflight
 from torchport.config.layers import Layer, resolve
-from torchport.errors import LaunchError
+from torchport.errors import ConfigurationError, LaunchError
 from torchport.plan.registry import Entry, Installed, Plugin
 from torchport.plan.topology import detect_topology
 from torchport.plugin import LauncherSpec
@@ -13,11 +13,11 @@ from torchport.plugin import LauncherSpec
 SECOND_OF_TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
-def configured(**values: str):
+def configured(environ: dict[str, str] | None = None, **values: str):
     flags = Layer()
     for name, value in values.items():
         flags.put(name, value, f"--{name.replace('_', '-')}")
-    return resolve(flags, {})
+    return resolve(flags, environ or {})
 
 
 def test_one_process_that_would_train_alone_beside_others_is_refused_with_the_flags_to_type():
@@ -56,6 +56,30 @@ def test_variables_without_a_local_rank_are_refused_with_those_that_would_comple
     )
     complete = {**SECOND_OF_TWO, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert detect_topology(complete, installed).rank == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "environ", "expected"),
+    [
+        ({"gradient_accumulation_steps": "0"}, {}, "--gradient-accumulation-steps must be at least 1\n  found:  0"),
+        ({}, {"TORCHPORT_GRADIENT_ACCUMULATION_STEPS": "-2"}, "TORCHPORT_GRADIENT_ACCUMULATION_STEPS must be"),
+        ({}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "0"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS must be"),
+        ({"config_file": "c.yaml"}, {}, "c.yaml: gradient_accumulation_steps must be at least 1"),
+        ({}, {"TORCHPORT_TIMEOUT": "abc"}, "TORCHPORT_TIMEOUT must be a time"),
+    ],
+)  # fmt: skip
+def test_a_value_that_every_process_would_refuse_is_refused_with_who_gave_it(
+    tmp_path, monkeypatch, values, environ, expected
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("gradient_accumulation_steps: 0")
+    with pytest.raises(ConfigurationError) as caught:
+        preflight.check_values(configured(environ, **values))
+    assert expected in str(caught.value)
+
+
+def test_good_values_pass():
+    preflight.check_values(configured({"TORCHPORT_TIMEOUT": "90"}, gradient_accumulation_steps="4"))
 
 
 @pytest.mark.parametrize(

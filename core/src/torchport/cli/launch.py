@@ -297,6 +297,7 @@ def make_job(
             each = len(devices) if chosen else max(1, installed.probe(backend).count)
             num_processes = each * max(1, config.num_machines)
     preflight.check_shape(resolved, num_processes)
+    preflight.check_values(resolved)
     preflight.check_outer_ranks(resolved.environ, num_processes)
     if mesh is not None:
         mesh.check_world_size(num_processes, asked)

@@ -73,6 +73,23 @@ def check_shape(resolved: Resolved, num_processes: int) -> None:
         )
 
 
+def check_values(resolved: Resolved) -> None:
+    """Check what every process would refuse in the same way, and say who gave it.
+
+    Raises:
+        ConfigurationError: naming the flag, variable or key.
+    """
+    steps = resolved.config.gradient_accumulation_steps
+    if steps is not None and steps < 1:
+        origin = resolved.origins["gradient_accumulation_steps"]
+        raise ConfigurationError(f"{origin} must be at least 1", found=str(steps))
+    timeout = resolved.environ.get(envvars.TIMEOUT)
+    if timeout:
+        from torchport.config.kwargs import read_timeout
+
+        read_timeout(timeout, envvars.TIMEOUT)
+
+
 def check_outer_ranks(environ: Mapping[str, str], num_processes: int) -> None:
     """Refuse to start one process, which would train alone, where variables describe one of several.
 
