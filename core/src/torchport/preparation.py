@@ -90,6 +90,7 @@ class Preparation:
         self.window.reset()
         for optimizer in self.contents.optimizers:
             optimizer.discard_gradients()
+        self.contents.strategy.discard_gradients(self.contents.models)
 
     @property
     def backward(self) -> Callable[..., None]:

@@ -143,6 +143,15 @@ class Strategy(ABC):
         """Load what `optimizer_state_dict` returned; call it on every process."""
         optimizer.load_state_dict(state)
 
+    def discard_gradients(self, models: Sequence[torch.nn.Module]) -> None:
+        """Forget gradients of the current accumulation window that clearing those of the optimizers leaves.
+
+        Called on each process when a state has been loaded.
+
+        Args:
+            models: The prepared models.
+        """
+
     def begin_save(self) -> None:
         """Be told on each process that a checkpoint is about to be saved, before the processes exchange anything.
 

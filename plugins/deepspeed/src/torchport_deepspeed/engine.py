@@ -83,6 +83,20 @@ class DeepSpeedEngineWrapper:
     def zero_grad(self, optimizer: torch.optim.Optimizer, set_to_none: bool) -> None:
         """Do nothing: the engine clears gradients when it has stepped."""
 
+    def discard_gradients(self) -> None:
+        """Forget the gradients of a window, as the engine does with a step whose gradients overflowed."""
+        optimizer = self.engine.optimizer
+        self.engine.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
+        if hasattr(optimizer, "reset_cpu_buffers"):
+            optimizer.reset_cpu_buffers()
+        for held in ("averaged_gradients", "all_grad_tensors"):  # stages 1 and 2; in stage 3 only the first
+            if hasattr(optimizer, held):
+                setattr(optimizer, held, {})
+        if hasattr(optimizer, "all_grad_tensors"):
+            optimizer.micro_step_id = -1  # as step() leaves it
+        self._counted = 0
+
     @contextmanager
     def no_sync(self, model: torch.nn.Module) -> Iterator[None]:
         """Let backwards inside belong to a step that is due later."""

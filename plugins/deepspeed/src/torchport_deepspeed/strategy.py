@@ -293,6 +293,11 @@ class DeepSpeedStrategy(Strategy):
         """Load the state of an ordinary optimizer; call it on every process."""
         checkpoint.load_whole_optimizer(model, optimizer, state)
 
+    def discard_gradients(self, models: Sequence[torch.nn.Module]) -> None:
+        """Let the engine forget the gradients of its window."""
+        if self.trained is not None:
+            self.trained.discard_gradients()
+
     def begin_save(self) -> None:
         """Wait until every process is about to save: each engine holds a part of the states.
 

@@ -83,6 +83,9 @@ for stage in range(4):
 
     accelerator = new(DeepSpeedPlugin(zero_stage=stage), gradient_accumulation_steps=STEPS)
     model, optimizer, loader = prepared(accelerator)
+    inputs, labels = next(iter(DataLoader(make_data(), BATCH)))
+    with accelerator.accumulate(model):  # a window that is begun, and given up
+        accelerator.backward(100 * cross_entropy(model(inputs), labels))
     accelerator.load_state(folder)
     results["loaded"] = whole(accelerator, model)
     results["loaded momenta"] = momenta(accelerator, model, optimizer)

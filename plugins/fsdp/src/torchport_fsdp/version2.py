@@ -164,6 +164,16 @@ class FullyShardStrategy(ShardedStrategy):
 
     # --- states ------------------------------------------------------------------------------------------
 
+    def discard_gradients(self, models: Sequence[torch.nn.Module]) -> None:
+        """Forget whole gradients that wait under `no_sync` to be exchanged."""
+        parts = [part for model in models for part in model.modules() if isinstance(part, FSDPModule)]
+        for group in (group for part in parts for group in _groups(part)):
+            group._partial_reduce_output = None
+            for held in group.fsdp_params:
+                held.unsharded_accumulated_grad = None
+                if hasattr(held, "_unsharded_param"):
+                    held._unsharded_param.grad = None
+
     def model_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the whole state on rank 0, in host memory; nothing on other processes."""
         host, main_only = offloads(self.config.state_dict_config, default=True)
@@ -220,6 +230,14 @@ def no_sync(model: torch.nn.Module) -> Iterator[None]:
 
 
 _LOCAL = "_torchport_gradients_stay"
+
+
+def _groups(part: FSDPModule) -> list[Any]:
+    """Return the groups of parameters of a unit; older versions of PyTorch have at most one."""
+    state: Any = part._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def _syncs(model: torch.nn.Module) -> bool:
