@@ -256,6 +256,45 @@ def test_half_precision_runs_forward_in_it_and_gives_float32_back():
     assert seen[-1] == torch.float32
 
 
+@pytest.mark.parametrize("forget", [Accelerator.free_memory, Accelerator.end_training, lambda _: None])
+def test_a_model_computes_in_the_precision_of_the_run_that_prepared_it_last(forget):
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, inputs):
+            output = super().forward(inputs)
+            seen.append(output.dtype)
+            return output
+
+    model, inputs = Spy(3, 2), torch.ones(1, 3)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", torch.float32)):
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(precision=precision)
+        accelerator.prepare(model)(inputs)
+        accelerator.prepare_model(model, evaluation_mode=True)(inputs)
+        assert seen == [dtype, dtype]
+        bound = model.__dict__.get("forward")
+        own = getattr(bound, "_torchport_forward", Spy.forward)
+        assert own is Spy.forward  # bound once, whatever it was bound to before
+        forget(accelerator)
+        seen.clear()
+
+
+def test_a_model_has_its_own_forward_back_when_the_run_forgets_it():
+    accelerator = Accelerator(precision="bf16")
+    model = accelerator.prepare(network())
+    assert "forward" in model.__dict__
+    accelerator.free_memory()
+    assert "forward" not in model.__dict__
+
+    accelerator.prepare(model)
+    AcceleratorState._reset_state()
+    other = Accelerator(precision="bf16")
+    other.prepare(model)
+    accelerator.free_memory()  # another run has the model now
+    assert "forward" in model.__dict__
+
+
 def test_full_precision_leaves_the_model_alone():
     accelerator = Accelerator()
     model = network()
@@ -517,6 +556,26 @@ def test_scaled_gradients_are_never_added_to_unscaled_ones():
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     with pytest.raises(OperationError, match="unscaled already"):
         accelerator.backward(model(torch.ones(1, 3)).sum())
+
+
+def test_the_loss_scaler_forgets_the_step_that_free_memory_interrupts():
+    accelerator = Accelerator(precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=4.0)])
+    model = network()
+    raw = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def begin(inputs):
+        prepared, optimizer = accelerator.prepare(model, raw)
+        accelerator.backward(prepared(inputs).sum())
+        accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+        return optimizer
+
+    begin(torch.full((1, 3), torch.inf))
+    accelerator.free_memory()  # as after an error between clipping and the step
+    raw.zero_grad()
+    optimizer = begin(torch.ones(1, 3))
+    optimizer.step()
+    assert optimizer.step_was_skipped is False
+    assert accelerator.scaler.get_scale() == 4.0
 
 
 def test_several_losses_in_one_micro_batch_weigh_the_same():

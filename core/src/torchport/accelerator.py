@@ -329,7 +329,8 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
 
         Args:
             model: A prepared model.
-            keep_fp32_wrapper: Whether it stays bound to the precision; if not, it can be pickled again.
+            keep_fp32_wrapper: Whether it stays bound to the precision (until `free_memory`, or until another run
+                prepares it); if not, it can be pickled again.
             keep_torch_compile: Whether it stays compiled; if not, and it is, another model over the same parameters
                 is returned.
         """
@@ -438,6 +439,8 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared and return cached memory to the device.
+
+        Models get their own `forward` back: used on, they compute outside the run's precision.
 
         Args:
             *objects: The caller's own references, as many as to be replaced by the `None`s returned.

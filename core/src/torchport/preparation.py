@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchport.data.prepare import prepare_data_loader
 from torchport.errors import ConfigurationError
 from torchport.plugin.backend import Backend
 from torchport.plugin.context import RunContext
+from torchport.plugin.precision import Precision
 from torchport.plugin.strategy import Prepared, PrepareRequest
 from torchport.state import GradientState
 from torchport.training.accumulation import AccumulationWindow
@@ -24,6 +26,9 @@ from torchport.training.compile import compile_model
 from torchport.training.lomo import backward_or_fused, fused_backward, fuses_backward
 from torchport.training.optimizer import AcceleratedOptimizer
 from torchport.training.scheduler import AcceleratedScheduler
+
+_bound: weakref.WeakKeyDictionary[torch.nn.Module, Precision] = weakref.WeakKeyDictionary()
+"""The precision of the run that has prepared a model last, which has left its mark on it."""
 
 
 class Preparation:
@@ -71,14 +76,24 @@ class Preparation:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything prepared, and bind the step of a strategy that has no models."""
-        contents, backend = self.contents, self.context.backend
+        """Forget everything prepared, and bind the step of a strategy that has no models.
+
+        Models get their own `forward` back, and the loss scaler forgets the step that it is amid.
+        """
+        contents, backend, precision = self.contents, self.context.backend, self.context.precision
+        for model in contents.models:
+            inner = self._inner(model)
+            if _bound.get(inner) is precision:  # no other run has prepared it since
+                precision.restore(inner)
+                del _bound[inner]
+        if precision.scaling is not None:
+            precision.scaling.abandon()
         for held in (contents.models, contents.optimizers, contents.schedulers, contents.loaders):
             held.clear()
         self._prepared: list[tuple[Any, bool, Any]] = []
         self._parameters: set[int] = set()
         self.gradients.sync_gradients = True
-        self.context.precision.scaling = None
+        precision.scaling = None
         marks_steps = type(backend).step_boundary is not Backend.step_boundary
         self.window = AccumulationWindow(
             self.gradients, self.context, backend.step_boundary if marks_steps else None
@@ -151,6 +166,10 @@ class Preparation:
     ) -> tuple[Sequence[torch.nn.Module], Sequence[AcceleratedOptimizer]]:
         """Let the strategy prepare models and optimizers, and take over its callables."""
         precision = self.context.precision
+        for inner in map(self._inner, models):
+            earlier = _bound.get(inner, precision)
+            if earlier is not precision:
+                earlier.restore(inner)
         updated = [_updated(one) for one in optimizers]  # before the strategy puts others in their place
         self._parameters.update(id(parameter) for model in models for parameter in model.parameters())
         request = PrepareRequest(
@@ -164,6 +183,7 @@ class Preparation:
         )
         self.context.backend.adapt(request)
         prepared = self.contents.strategy.prepare(request)
+        _bound.update((self._inner(model), precision) for model in prepared.models)
         wrapped = [
             AcceleratedOptimizer(
                 one, prepared, self.gradients, functools.partial(self._check_optimizer, type(raw), facts)
@@ -279,6 +299,9 @@ class Preparation:
         prepared = self.context.backend.wrap_dataloader(share, self.context.device)
         self.contents.loaders.append(prepared)
         return prepared
+
+    def _inner(self, model: torch.nn.Module) -> torch.nn.Module:
+        return self.contents.strategy.unwrap(getattr(model, "_orig_mod", model))
 
     def _place(self, asked: bool | None) -> bool:
         return self.device_placement if asked is None else asked

@@ -31,10 +31,11 @@ def restore_forward(model: torch.nn.Module) -> None:
 
 
 class FullPrecision(Precision):
-    """Every tensor keeps its own dtype; the model is left as it is."""
+    """Every tensor keeps its own dtype."""
 
     def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
-        """Return the model itself."""
+        """Return the model itself, no longer bound to the precision of an earlier run."""
+        restore_forward(model)
         return model
 
 
@@ -49,7 +50,8 @@ class Autocast(Precision):
         return self.dtype
 
     def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
-        """Bind the model's `forward` to the autocast context."""
+        """Bind the model's `forward` to the autocast context, and to no earlier one."""
+        restore_forward(model)
         forward: Callable[..., Any] = model.forward
         cast = self.forward_context(context)
         if isinstance(forward, types.MethodType) and forward.__self__ is model:

@@ -181,6 +181,11 @@ class ScaledStep:
             self._update()
         return applied
 
+    def abandon(self) -> None:
+        """Forget the round that has begun, with what it has found in gradients; the scale stays as it is."""
+        if self.applied or self.unscaled:
+            self._update(keep_scale=True)
+
     def _note_applied(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # set by the scaler on fused optimizers
         self.applied[id(optimizer)] = found_inf is None or not bool(found_inf)

@@ -46,11 +46,12 @@ class Precision(ABC):
     def apply(self, model: torch.nn.Module, context: RunContext) -> torch.nn.Module:
         """Bind `model` to this format and return it, or a converted one.
 
-        Called once for each prepared model, before it is distributed.
+        Called once for each prepared model, before it is distributed. What
+        the precision of an earlier run did to it has been undone by `restore`.
         """
 
     def restore(self, model: torch.nn.Module) -> None:
-        """Undo on a model what `apply` did to it, for saving it or handing it back to the user."""
+        """Undo on a model what `apply` did to it: for saving it, and when the run forgets it (`free_memory`)."""
 
     def forward_context(
         self, context: RunContext, options: Any = None

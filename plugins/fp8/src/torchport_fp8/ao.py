@@ -241,7 +241,9 @@ def _plain(layer: Any) -> torch.nn.Linear:
 
 
 def _is_sharded(parameter: Any) -> bool:
-    return hasattr(parameter, "device_mesh")
+    """Whether a parameter is a part of a sharded one: FSDP2's, or FSDP1's, which its own tensors stand in for."""
+    whole = isinstance(parameter, torch.nn.Parameter) and not getattr(parameter, "_fsdp_flattened", False)
+    return not whole or hasattr(parameter, "device_mesh")
 
 
 def _cast_to_autocast(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import weakref
 from typing import Any, Protocol
 
 import torch
-from torchport.builtin.precisions import BFloat16
+from torchport.builtin.precisions import BFloat16, restore_forward
 from torchport.plugin import PrecisionSpec, RunContext
 
 from torchport_fp8.check import emulates
@@ -44,6 +44,7 @@ class Float8Precision(BFloat16):
         Parameters stay the same objects under the same names. Call it before the model is distributed.
         """
         self._engine = self._engine or make_engine(self.config, context)
+        restore_forward(model)  # before the engine binds it: the binding of an earlier run
         converted = super().apply(self._engine.convert(model), context)
         self._models.add(converted)
         return converted

@@ -221,6 +221,7 @@ class TransformerEngine:
         """Replace layers, unless the model has some of TransformerEngine already, and bind its `forward`."""
         if not has_transformer_engine_layers(model):
             convert_model(model, skip_modules=self.settings.skip_modules)
+        remove_fp8_autowrap(model)
         return apply_fp8_autowrap(model, self.settings)
 
     def revert(self, model: torch.nn.Module) -> None:
