@@ -1,5 +1,6 @@
 """Functions that become jobs: from a notebook, and to debug."""
 
+import atexit
 import os
 import signal
 import socket
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 from torchport import Accelerator, PartialState, debug_launcher, notebook_launcher
+from torchport.checkpoint import atomic
 from torchport.errors import ConfigurationError, LaunchError, WorkerError
 from torchport.state import AcceleratorState
+from torchport.tracking import GeneralTracker
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.alone]
 
@@ -124,6 +127,49 @@ def test_the_first_failure_is_named_and_not_what_it_brings_about():
 
     with pytest.raises(WorkerError, match="rank 1 of debug_launcher failed first: killed by SIGKILL"):
         debug_launcher(fail)
+
+
+class Buffered(GeneralTracker):
+    """Keeps metrics until it is closed."""
+
+    name = "buffered"
+    requires_logging_directory = False
+
+    def __init__(self, run_name):
+        self.file, self.values = run_name, []
+
+    def log(self, values, step=None, **kwargs):
+        self.values.append(values)
+
+    def finish(self):
+        with open(self.file, "a") as file:
+            file.write(f"{self.values}\n")
+
+
+def test_a_process_ends_as_a_script_does(tmp_path, monkeypatch):
+    ours = tmp_path / "ours"
+    atexit.register(ours.touch)
+
+    def work(fails):
+        atexit.register((tmp_path / f"left{os.environ['RANK']}").touch)
+        accelerator = Accelerator(log_with=Buffered)
+        accelerator.init_trackers(str(tmp_path / "metrics"))
+        accelerator.log({"loss": 1.0})
+        if fails:
+            monkeypatch.setattr(atomic, "publish", None)
+        accelerator.save_state(tmp_path / "saved", blocking=False)
+
+    debug_launcher(work, args=(False,))
+    assert (tmp_path / "saved" / "manifest.json").exists()
+    assert (tmp_path / "metrics").read_text() == "[{'loss': 1.0}]\n"  # the tracker of the main process
+    assert not ours.exists()  # that is this process's handler
+    assert {path.name for path in tmp_path.glob("left*")} == {"left0", "left1"}
+
+    with pytest.raises(WorkerError, match=r"of debug_launcher failed first: .*CheckpointError: ") as caught:
+        debug_launcher(work, args=(True,))
+    assert "forked.py" not in str(caught.value)
+    assert (tmp_path / "metrics").read_text() == "[{'loss': 1.0}]\n" * 2
+    atexit.unregister(ours.touch)
 
 
 def test_an_exit_code_is_a_failure_unless_it_is_zero():

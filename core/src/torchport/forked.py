@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import io
@@ -24,6 +25,7 @@ import torch
 from torchport import envvars
 from torchport.builtin.processes import describe_exit, dying_with_parent
 from torchport.builtin.supervisor import DECISION, ENDING, FAULT_GRACE, SIGNAL_GRACE
+from torchport.checkpoint.background import wait_for_saves
 from torchport.errors import WorkerError
 from torchport.ops import exchange
 from torchport.runtime import Runtime
@@ -269,23 +271,48 @@ def _work(
     enter_worker()
     sys.stdout, sys.stderr = WholeLines(sys.stdout), WholeLines(sys.stderr)
     try:
-        function(*args)
+        _run(function, args)
     except SystemExit as end:
-        if end.code not in (None, 0):
-            _report(pipe, end, f"SystemExit: {end.code}")
-            raise
+        _report(pipe, end, f"SystemExit: {end.code}")
+        _leave(end)
+        raise
     except BaseException as error:
         _report(pipe, error, "".join(traceback.format_exception_only(type(error), error)).splitlines()[0])
+        _leave(error)
         sys.exit(1)
+    else:
+        _leave(None)
+        if Runtime.current is not None:
+            Runtime.current.close()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    if Runtime.current is not None:
-        Runtime.current.close()
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run the function, and wait for the checkpoint that it may have left to a thread; an error of it is an error."""
+    try:
+        function(*args)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    wait_for_saves()
+
+
+def _leave(error: BaseException | None) -> None:
+    """Run the exit handlers of this process as a script would: trackers are closed, and what the user registered runs.
+
+    `multiprocessing` has done so only since Python 3.13.
+    """
+    if error is not None:
+        sys.last_value = error  # where handlers look for an error that nobody caught
+    atexit._run_exitfuncs()
 
 
 def _report(pipe: Connection, error: BaseException, what: str) -> None:
-    trace = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without `_work`
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
     text = "".join(traceback.format_exception(type(error), error, trace))
     with contextlib.suppress(OSError):  # the parent is gone
         pipe.send((True, time.monotonic(), what, text))
@@ -295,6 +322,8 @@ def enter_worker() -> None:
     """Make a forked process a new one: no run, and as many threads as `OMP_NUM_THREADS` says."""
     Runtime.current, Runtime.store, Runtime.generation = None, None, 0
     exchange.reset_group()
+    atexit._clear()  # what the notebook has registered is the notebook's
+    sys.__dict__.pop("last_value", None)
     GradientState._shared.clear()
     threads = os.environ.get(envvars.THREADS, "")
     torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) > 0 else 1)

@@ -8,6 +8,7 @@ has ended.
 from __future__ import annotations
 
 import atexit
+import os
 import pickle
 import sys
 import threading
@@ -196,6 +197,7 @@ class BackgroundSave:
         self.target = target
         self._save = save
         self._error: BaseException | None = None
+        _unchecked.append(self)
         atexit.register(self._report)
         self._thread = threading.Thread(target=self._run, name="torchport-checkpoint")
         self._thread.start()
@@ -219,6 +221,8 @@ class BackgroundSave:
             CheckpointError: if it failed.
         """
         atexit.unregister(self._report)
+        if self in _unchecked:
+            _unchecked.remove(self)
         error, self._error = self._error, None
         if isinstance(error, CheckpointError):
             raise CheckpointError(
@@ -238,6 +242,24 @@ class BackgroundSave:
             print(f"torchport: {error}", file=sys.stderr)  # noqa: T201
             if sys.stderr is not None:
                 sys.stderr = cast(TextIO, _FailedCleanup(sys.stderr))
+
+
+_unchecked: list[BackgroundSave] = []
+"""Saves of this process of which nobody has asked how they ended."""
+
+os.register_at_fork(after_in_child=_unchecked.clear)
+
+
+def wait_for_saves() -> None:
+    """Wait until all saves in the background have ended, where nobody has; for a process that is about to end.
+
+    Raises:
+        CheckpointError: if one failed; the first of several.
+    """
+    while _unchecked:
+        save = _unchecked[0]
+        save.join()
+        save.check()
 
 
 class _FailedCleanup:
