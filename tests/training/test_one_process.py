@@ -28,6 +28,7 @@ from torchport.errors import (
     TorchportError,
     UnknownPluginError,
 )
+from torchport.runtime import Runtime
 from torchport.state import AcceleratorState, GradientState
 
 
@@ -364,6 +365,28 @@ def test_a_second_accelerator_shares_the_run_and_cannot_contradict_it(monkeypatc
             contradict(mixed_precision="fp16")
 
 
+@pytest.mark.parametrize("opens", [lambda: None, PartialState])
+def test_an_accelerator_that_could_not_be_made_leaves_nothing_behind(tmp_path, opens):
+    before = opens()
+    with pytest.raises(ConfigurationError, match="needs a folder"):
+        Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4, resume="auto")
+    assert (Runtime.current is not None) is (before is not None)
+    accelerator = Accelerator(project_dir=tmp_path, resume="auto")
+    assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ("no", 1)
+    with pytest.raises(ConfigurationError, match="needs a folder"):
+        Accelerator(gradient_accumulation_steps=2, resume="auto")
+    assert accelerator.gradient_state.num_steps == 1  # that of the run which goes on
+    assert Runtime.current is accelerator._runtime
+
+
+def test_a_run_can_end_while_a_loader_is_being_iterated():
+    iterator = iter(Accelerator().prepare(loader(4)))
+    next(iterator)
+    AcceleratorState._reset_state()
+    iterator.close()
+    assert GradientState().dataloader_references == [None]
+
+
 def test_a_partial_state_leaves_precision_and_strategy_open():
     assert PartialState().plan.precision == "no"
     assert Accelerator(precision="bf16", strategy="ddp").plan.strategy == "ddp"
@@ -678,6 +701,7 @@ def test_a_scheduler_needs_its_optimizer_to_be_prepared():
 def test_arguments_that_cannot_be_honoured_are_refused():
     with pytest.raises(ConfigurationError, match="'nonsense' is not a type of generator"):
         Accelerator(rng_types=["nonsense"])
+    PartialState()
     with pytest.raises(ConfigurationError, match="asks for a timeout of 0:00:07"):
         Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=7))])
     with pytest.raises(TypeError, match="DataLoaderConfiguration"):

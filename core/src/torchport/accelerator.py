@@ -124,53 +124,51 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
             GradientState._reset_state()  # what a run that has ended left is not for this one
         names, own_trackers = separate(arguments.pop("trackers", None))
         arguments |= {} if names is None else {"trackers": names}
-        self._runtime = Runtime.open(
-            Request(
-                arguments=arguments,
-                asked_by="Accelerator",
-                handlers=handlers,
-                parallelism=parallelism_config,
-            )
+        request = Request(
+            arguments=arguments, asked_by="Accelerator", handlers=handlers, parallelism=parallelism_config
         )
-        self._runtime.check_handlers(handlers)
-        self.state = AcceleratorState()
-        self.device_placement = device_placement
-        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
-        self.rng_types = ("generator",) if rng_types is None else check_rng_types(rng_types, self.device)
-        self.project_configuration = project_config or ProjectConfiguration()
-        if project_dir is not None or self.project_configuration.project_dir is None:
-            self.project_configuration.set_directories(None if project_dir is None else str(project_dir))
+        with Runtime.opening(request) as self._runtime, GradientState._changing():
+            self._runtime.check_handlers(handlers)
+            self.state = AcceleratorState()
+            self.device_placement = device_placement
+            self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
+            self.dataloader_config = dataloader_config or DataLoaderConfiguration()
+            self.rng_types = ("generator",) if rng_types is None else check_rng_types(rng_types, self.device)
+            self.project_configuration = project_config or ProjectConfiguration()
+            if project_dir is not None or self.project_configuration.project_dir is None:
+                self.project_configuration.set_directories(None if project_dir is None else str(project_dir))
 
-        accumulation = _accumulation(gradient_accumulation_steps, gradient_accumulation_plugin)
-        self.gradient_state = GradientState(accumulation)
-        precision = self._runtime.precision()
-        self._context = self._runtime.context(precision, self.gradient_state.num_steps, handlers)
-        precision.open(self._context)
-        self._autocast: Callable[[], AbstractContextManager[Any]] = precision.forward_context(self._context)
-        self._contents = Contents(self._runtime, self._runtime.strategy(), precision)
-        going_on = what_to_resume(resume, self.project_configuration, own=project_config is not None)
-        self._checkpoints = Checkpoints(
-            self._contents, self.project_configuration, self, going_on, self._discard_gradients
-        )
-        self._preparation = Preparation(
-            self._contents,
-            self._context,
-            self.gradient_state,
-            self.dataloader_config,
-            self.rng_types,
-            device_placement=device_placement,
-            step_scheduler_with_optimizer=step_scheduler_with_optimizer,
-            dynamo=settle(dynamo_plugin, dynamo_backend, self.backend),
-        )
-        self._tracking = Tracking(
-            self.plan["trackers"],
-            given=own_trackers,
-            active=self.is_main_process,
-            logging_dir=self.logging_dir,
-        )
-        self._triggered = False
-        self._bind()
+            accumulation = _accumulation(gradient_accumulation_steps, gradient_accumulation_plugin)
+            self.gradient_state = GradientState(accumulation)
+            precision = self._runtime.precision()
+            self._context = self._runtime.context(precision, self.gradient_state.num_steps, handlers)
+            precision.open(self._context)
+            self._autocast: Callable[[], AbstractContextManager[Any]] = precision.forward_context(
+                self._context
+            )
+            self._contents = Contents(self._runtime, self._runtime.strategy(), precision)
+            going_on = what_to_resume(resume, self.project_configuration, own=project_config is not None)
+            self._checkpoints = Checkpoints(
+                self._contents, self.project_configuration, self, going_on, self._discard_gradients
+            )
+            self._preparation = Preparation(
+                self._contents,
+                self._context,
+                self.gradient_state,
+                self.dataloader_config,
+                self.rng_types,
+                device_placement=device_placement,
+                step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+                dynamo=settle(dynamo_plugin, dynamo_backend, self.backend),
+            )
+            self._tracking = Tracking(
+                self.plan["trackers"],
+                given=own_trackers,
+                active=self.is_main_process,
+                logging_dir=self.logging_dir,
+            )
+            self._triggered = False
+            self._bind()
 
     # --- the run -----------------------------------------------------------------------------------------
 

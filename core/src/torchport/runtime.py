@@ -7,7 +7,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,25 @@ class Runtime:
             cls.current._adopt(resolved, request, commits)
         cls.current.installed = installed
         return cls.current
+
+    @classmethod
+    @contextmanager
+    def opening(cls, request: Request) -> Iterator[Runtime]:
+        """Open a run as `open` does, for a block that sets up what uses it: if the block fails, nobody has asked.
+
+        The run that was opened for it is closed; one that was open before is as before.
+        """
+        before = cls.current
+        kept = (before.plan, set(before.committed)) if before is not None else None
+        runtime = cls.open(request)
+        try:
+            yield runtime
+        except BaseException:
+            if kept is None:
+                runtime.close()
+            else:
+                runtime.plan, runtime.committed = kept
+            raise
 
     def _adopt(self, plan: Plan, request: Request, commits: tuple[str, ...]) -> None:
         """Take over a plan: it must agree with what is open, and with the other processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -295,6 +296,8 @@ class GradientState:
         self.dataloader_references.append(loader)
 
     def _remove_dataloader(self, loader: Any) -> None:
+        if not self.initialized:  # the run ended while the loader was being iterated
+            return
         if loader in self.dataloader_references:
             self.dataloader_references.remove(loader)
         self.active_dataloader = self.dataloader_references[-1] if self.dataloader_references else None
@@ -303,6 +306,18 @@ class GradientState:
     def started() -> bool:
         """Whether the shared state exists already."""
         return bool(GradientState._shared)
+
+    @staticmethod
+    @contextmanager
+    def _changing() -> Iterator[None]:
+        """Give out a block that changes the state; if it fails, the state is as before."""
+        before = dict(GradientState._shared)
+        try:
+            yield
+        except BaseException:
+            GradientState._shared.clear()
+            GradientState._shared.update(before)
+            raise
 
     @staticmethod
     def _reset_state() -> None:
