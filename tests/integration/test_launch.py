@@ -36,7 +36,8 @@ def test_one_process_replaces_the_launcher(launches):
 
 def test_one_process_is_rank_0_of_1(launches):
     launches.write("show.py", SHOW)
-    [worker] = shown(launches.run("show.py", RANK="5", WORLD_SIZE="8", TORCHELASTIC_RUN_ID="outer"))
+    outer = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "outer"}
+    [worker] = shown(launches.run("show.py", **outer))
     port = worker["ranks"].pop("MASTER_PORT")
     assert worker["ranks"] == {
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
