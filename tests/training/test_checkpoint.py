@@ -94,7 +94,9 @@ def test_a_checkpoint_without_a_file_that_a_process_has_written_is_not_published
     hidden.mkdir()
     (hidden / "mine").write_text("1")
     known = {name: {"size": 1, "crc32": "83dcefb7"} for name in ("mine", *"abcde")}
-    with pytest.raises(CheckpointError, match=r"no a, b, c and 2 others\n.*save_on_each_node=True") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"no a, b, c and 2 others\n.*a folder that all machines share"
+    ) as caught:
         atomic.publish(hidden, tmp_path / "state", {}, known)
     assert "files that were written are not in" in str(caught.value)
     assert not (tmp_path / "state").exists()

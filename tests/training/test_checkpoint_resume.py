@@ -123,6 +123,19 @@ def test_what_killed_saves_left_is_taken_away_and_what_lives_is_not(tmp_path):
     assert leftovers(tmp_path) == kept[2:]
 
 
+@pytest.mark.parametrize(
+    ("divided", "hint"),
+    [
+        (False, "a folder that all machines share, or ProjectConfiguration(save_on_each_node=True)"),
+        (True, "a folder that all machines share"),  # a machine's own parts could not be loaded
+    ],
+)
+def test_a_folder_that_another_machine_has_made_is_missed_with_what_helps(tmp_path, divided, hint):
+    with pytest.raises(CheckpointError, match="is not there") as caught:
+        WorkFolder(tmp_path / "a", "0" * 8, leader=False).check(divided)
+    assert caught.value.hint == hint
+
+
 def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
     accelerator, _, _ = run()
     accelerator.save_state(tmp_path / "state")

@@ -51,7 +51,7 @@ def describe(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> di
         raise CheckpointError(
             f"files that were written are not in {folder}",
             found=f"no {', '.join(missing[:_NAMED])}{more}",
-            hint="a folder that all machines share, or ProjectConfiguration(save_on_each_node=True)",
+            hint="a folder that all machines share",
         )
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         name, size = path.relative_to(folder).as_posix(), path.stat().st_size

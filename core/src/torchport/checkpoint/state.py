@@ -109,7 +109,8 @@ def gather(
         CheckpointError: on every process, if any of them could not do its part.
     """
     agreement.step(work.open, "make the folder")
-    agreement.step(work.check, "find the folder that the others write into")
+    divided = bool(contents.strategy.shards)
+    agreement.step(lambda: work.check(divided), "find the folder that the others write into")
     weights: list[dict[str, Any]] = []
     files: list[File] = []
     agreement.step(lambda: _collect(contents, leader, weights, files), "write")

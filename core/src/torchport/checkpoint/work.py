@@ -63,8 +63,11 @@ class WorkFolder:
                 hint="a folder that exists and can be written to",
             ) from error
 
-    def check(self) -> None:
+    def check(self, divided: bool) -> None:
         """Find the folder, on a process of any machine, when its leader has made it.
+
+        Args:
+            divided: Whether each process saves a part of the states, so that loading takes the parts of all.
 
         Raises:
             CheckpointError: if it is not there.
@@ -72,7 +75,8 @@ class WorkFolder:
         if not self.path.is_dir():
             raise CheckpointError(
                 f"{self.path} is not there",
-                hint="a folder that all machines share, or ProjectConfiguration(save_on_each_node=True)",
+                hint="a folder that all machines share"
+                + ("" if divided else ", or ProjectConfiguration(save_on_each_node=True)"),
             )
 
     def close(self) -> None:
