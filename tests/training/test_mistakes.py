@@ -82,6 +82,18 @@ def test_a_timeout_that_is_none_is_refused(value):
     assert "datetime.timedelta(minutes=30)" in str(raised.value)
 
 
+@pytest.mark.plugins
+def test_settings_of_the_strategy_that_the_script_chose_are_used_by_each_later_accelerator(monkeypatch):
+    monkeypatch.setenv("TORCHPORT_BACKEND", "cpu")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setenv("TORCHPORT_ORIGINS", "FSDP_VERSION=--fsdp-version")
+    with pytest.raises(ConfigurationError, match="--fsdp-version: a setting of the strategy 'fsdp'"):
+        Accelerator()
+    PartialState()  # lays out no model: whoever does may choose the strategy
+    assert Accelerator(strategy="fsdp").plan["strategy"].config.fsdp_version == 1
+    assert Accelerator().plan.strategy == "fsdp"
+
+
 def test_a_plugin_that_cannot_be_built_names_the_command_that_finds_out_why():
     spec = PrecisionSpec(name="acme", factory="json:PreciSion")
     with pytest.raises(UnavailableError, match="has no attribute 'PreciSion'") as caught:
