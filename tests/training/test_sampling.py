@@ -135,8 +135,11 @@ class Recorded:
         self.rank, self.world_size = 0, world_size
         self.sent = []
 
-    def send(self, messages):
-        self.sent.append([unpack(pack(message)) for message in messages])
+    def pack(self, messages):
+        return [pack(message) for message in messages]
+
+    def send(self, packed):
+        self.sent.append(list(map(unpack, packed)))
 
     def receive(self):
         return self.sent.pop(0)[self.rank]

@@ -151,6 +151,9 @@ class StreamsInName(CpuBackend):
     def capabilities(self) -> Capabilities:
         return Capabilities(streams=True)
 
+    def stream(self, device):
+        return None
+
 
 class CopiesOnHost(CpuBackend):
     """Declares host memory for a device whose tensors are elsewhere."""
