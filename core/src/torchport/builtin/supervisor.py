@@ -41,8 +41,8 @@ STALE = 5.0
 DECISION = 0.3
 """Seconds to wait for the culprit when the first rank to exit seems to have failed because of another."""
 
-LEAVING = 1.2
-"""Seconds to wait longer if nobody else has ended: a rank that leaves closes its connections long before it ends."""
+LEAVING = 0.4
+"""Seconds to wait longer if nobody else has ended: a rank that leaves closes its connections before it ends."""
 
 UNCAUGHT = 0.1
 """Seconds after the beginning of a traceback that nobody caught for which its process may end by itself."""
