@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "labels": {"errors", "envvars", "aliases"},
     "distributed_type": {"errors", "envvars", "aliases", "labels"},
     "process_control": {"errors", "plugin", "ops"},
+    "exchange_control": {"ops", "state"},
     "runtime": {*LOW, "config", "plan", "ops", "distributed_type"},
     "state": {*LOW, "config", "plan", "ops", "distributed_type", "process_control", "runtime"},
     "rank": {"envvars", "aliases", "plan", "plugin", "runtime"},

@@ -32,8 +32,8 @@ from torchport.data.prepare import skip_first_batches
 from torchport.data.samplers import filling_up
 from torchport.distributed_type import DistributedType
 from torchport.errors import ConfigurationError
+from torchport.exchange_control import ExchangeControl
 from torchport.mesh_control import MeshControl
-from torchport.ops import exchange
 from torchport.plan.selection import Plan, Request
 from torchport.plugin.backend import Backend
 from torchport.plugin.parallelism import ParallelismConfig
@@ -53,7 +53,9 @@ from torchport.training.tracking_control import TrackingControl
 from torchport.unwrap import finish
 
 
-class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingControl, MeshControl):
+class Accelerator(
+    ProcessControl, GradientControl, CheckpointControl, TrackingControl, MeshControl, ExchangeControl
+):
     """Runs a training or inference script on whatever the plan says.
 
     Args:
@@ -391,47 +393,6 @@ class Accelerator(ProcessControl, GradientControl, CheckpointControl, TrackingCo
         )
         with filling_up(self._contents.loaders, even_batches), joined:
             yield
-
-    # --- exchanging --------------------------------------------------------------------------------------
-
-    def gather(self, tensor: Any) -> Any:
-        """Concatenate tensors of all processes along the first dimension; see `torchport.utils.gather`."""
-        return exchange.gather(tensor)
-
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Gather results of a batch, without those of samples that only filled up the last round.
-
-        Of processes that work on the same batch (`tp`, `cp`, `sp`), the results of the first count.
-
-        Args:
-            input_data: Tensors (of one shape on all processes), or picklable objects.
-            use_gather_object: Whether to gather tensors as objects, in a list.
-        """
-        return exchange.gather_for_metrics(
-            input_data,
-            self.gradient_state.real_samples,
-            as_objects=use_gather_object,
-            readers=self.batch_readers,
-        )
-
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Reduce tensors over all processes; see `torchport.utils.reduce`."""
-        return exchange.reduce(tensor, reduction, scale)
-
-    def pad_across_processes(
-        self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
-    ) -> Any:
-        """Pad tensors to the largest size over all processes; see `torchport.utils.pad_across_processes`."""
-        return exchange.pad_across_processes(tensor, dim, pad_index, pad_first)
-
-    def set_trigger(self) -> None:
-        """Raise a flag on this process, which `check_trigger` reports on all."""
-        self._triggered = True
-
-    def check_trigger(self) -> bool:
-        """Whether any process has called `set_trigger` since the last check; the flag is lowered."""
-        mine, self._triggered = torch.tensor(int(self._triggered), device=self.device), False
-        return bool(exchange.reduce(mine, "sum") > 0)
 
     # --- the end -----------------------------------------------------------------------------------------
 
